@@ -1,0 +1,75 @@
+"""Backends turn a planned spec into something that runs. This file is their common interface and their registry."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from typing import TYPE_CHECKING, Mapping, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plan import KernelConfig, Plan
+    from lla_compile.spec import LLASpec
+
+# In order of preference when nothing is tuned.
+NAMES = ("triton", "eager")
+
+
+class Executable(Protocol):
+    """A plan bound to everything but the tensors: calling it launches work and never waits for it."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        ridge: float | torch.Tensor,
+        scale: float | torch.Tensor,
+        return_info: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Return output (B, Hq, N, Dv), iterations (B, Hq, N) int32 and residual (B, Hq, N) float32 or None."""
+
+
+class Backend(Protocol):
+    """What the planner, the tuner and dispatch ask of a backend. All answers are cheap and need no device."""
+
+    name: str
+
+    def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
+        """Why this backend cannot run ``spec`` on ``device``, or None if it can."""
+
+    def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+        """The heuristic choice: always within :meth:`infeasible`'s limits."""
+
+    def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
+        """Values worth trying for each knob of KernelConfig but ``backend``."""
+
+    def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
+        """The hardware limit that ``config`` breaks, or None: the one resource model of the backend."""
+
+    def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
+        """Hash of the sources that ``config`` compiles or runs."""
+
+    def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
+        """Compile into the backend's cache; callable from any process. Raises CompileError."""
+
+    def bind(self, plan: Plan) -> Executable:
+        """Compile (or load) the plan's kernels and return what launches them."""
+
+
+class CompileError(RuntimeError):
+    """A kernel did not compile, or needs more than the device has."""
+
+
+@lru_cache(maxsize=None)
+def get(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
+    return importlib.import_module(f"lla_compile.backends.{name}").BACKEND

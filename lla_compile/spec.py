@@ -1,0 +1,152 @@
+"""What is computed: the frozen, validated description of one attention problem."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+MAX_HEAD_DIM = 256
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+PRECISIONS = ("fast", "accurate")
+OPS = ("lla",)
+PHASES = ("forward",)
+
+# Relative residual at which CG stops when the caller does not say. In a 16-bit type the output's own
+# rounding is 2e-3, so a smaller residual cannot be seen; `fast` carries more error than its tolerance adds.
+_DEFAULT_CG_TOL = {
+    ("float16", "fast"): 10**-2.5,
+    ("bfloat16", "fast"): 10**-2.5,
+    ("float32", "fast"): 1e-3,
+    ("float16", "accurate"): 1e-3,
+    ("bfloat16", "accurate"): 1e-3,
+    ("float32", "accurate"): 1e-6,
+    ("float64", "fast"): 1e-6,
+    ("float64", "accurate"): 1e-12,
+}
+
+
+@dataclass(frozen=True)
+class LLASpec:
+    """One Local Linear Attention problem: shapes, types, mask and solver settings, but no tensors.
+
+    Args:
+        dtype: type of query, key, value and output: "float16", "bfloat16", "float32" or "float64".
+        head_dim: width D of query and key, 1 to 256.
+        head_dim_v: width Dv of value and output, 1 to 256.
+        batch: batch size B, may be 0.
+        num_heads: query heads Hq, a multiple of ``num_kv_heads``.
+        num_kv_heads: key and value heads Hkv.
+        seqlen_q: queries N per head.
+        seqlen_k: keys M per head.
+        is_causal: query i sees keys j <= i + M - N (aligned at the bottom right).
+        window_size: number of keys that a query sees, its own included; needs ``is_causal``.
+        precision: "fast" rounds the operands of every tile product once; "accurate" splits them in two terms.
+        cg_tol: CG stops when ||r|| <= cg_tol * ||r_0||; None takes the default of (dtype, precision).
+        cg_max_iters: cap on the CG iterations; None leaves it to the plan.
+
+    Raises:
+        ValueError: a field is outside what is listed above; the message names it.
+    """
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    is_causal: bool = True
+    window_size: int | None = None
+    precision: str = "accurate"
+    cg_tol: float | None = None
+    cg_max_iters: int | None = None
+    op: str = "lla"
+    phase: str = "forward"
+
+    def __post_init__(self):
+        _one_of("op", self.op, OPS)
+        _one_of("phase", self.phase, PHASES)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("precision", self.precision, PRECISIONS)
+        _integer("head_dim", self.head_dim, 1, MAX_HEAD_DIM)
+        _integer("head_dim_v", self.head_dim_v, 1, MAX_HEAD_DIM)
+        for name in ("batch", "seqlen_q", "seqlen_k"):
+            _integer(name, getattr(self, name), 0)
+        _integer("num_heads", self.num_heads, 1)
+        _integer("num_kv_heads", self.num_kv_heads, 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads must be a multiple of num_kv_heads (grouped-query attention), "
+                f"got {self.num_heads} query heads and {self.num_kv_heads} key heads"
+            )
+        if self.window_size is not None:
+            _integer("window_size", self.window_size, 1)
+            if not self.is_causal:
+                raise ValueError("window_size needs is_causal=True: a window ends at the query's own position")
+        if self.cg_max_iters is not None:
+            _integer("cg_max_iters", self.cg_max_iters, 1)
+        if self.cg_tol is None:
+            object.__setattr__(self, "cg_tol", _DEFAULT_CG_TOL[self.dtype, self.precision])
+        elif not (isinstance(self.cg_tol, (int, float)) and 0 <= self.cg_tol < 1):
+            raise ValueError(f"cg_tol must be a number with 0 <= cg_tol < 1, got {self.cg_tol!r}")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def batch_heads(self) -> int:
+        """Independent attention problems: batch times query heads."""
+        return self.batch * self.num_heads
+
+    @property
+    def visible_seqlen(self) -> int:
+        """Most keys that one query sees: what decides the cost, and so the tuning bucket."""
+        return self.seqlen_k if self.window_size is None else min(self.seqlen_k, self.window_size)
+
+    @property
+    def visible_pairs(self) -> int:
+        """Query-key pairs under the mask, summed over batch and query heads."""
+        n, m = self.seqlen_q, self.seqlen_k
+        if not self.is_causal:
+            return self.batch_heads * n * m
+        last, first = m, m - n + 1  # keys that the last and the first query see, before clipping
+        window = self.visible_seqlen
+
+        def keys_up_to(count: int) -> int:
+            """Sum of min(c, window) for c = 1 .. count."""
+            count = max(count, 0)
+            ramp = min(count, window)
+            return ramp * (ramp + 1) // 2 + (count - ramp) * window
+
+        return self.batch_heads * (keys_up_to(last) - keys_up_to(first - 1))
+
+    def describe(self) -> str:
+        """The spec in one line."""
+        heads = f"{self.num_heads}" if self.group_size == 1 else f"{self.num_heads}/{self.num_kv_heads}"
+        mask = "causal" if self.is_causal else "full"
+        if self.window_size is not None:
+            mask += f", window {self.window_size}"
+        return (
+            f"{self.op} {self.phase}, {self.dtype}, B {self.batch}, H {heads}, N {self.seqlen_q}, M {self.seqlen_k}, "
+            f"D {self.head_dim}, Dv {self.head_dim_v}, {mask}, {self.precision}"
+        )
+
+
+def check_ridge(ridge: float) -> None:
+    """Raise ValueError unless the number ``ridge`` is positive and finite."""
+    if not (ridge > 0 and math.isfinite(ridge)):
+        raise ValueError(f"ridge must be positive and finite, got {ridge!r}")
+
+
+def _one_of(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _integer(name: str, value, low: int, high: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        allowed = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
