@@ -127,18 +127,22 @@ def fold(expr: Expr, leaf: Callable[[Expr], object], node: Callable[[Expr, list]
     return node(expr, [fold(a, leaf, node) for a in expr.args])
 
 
-def to_source(expr: Expr, templates: Mapping[str, str], broadcast: str = "{}[:, None]") -> str:
+def to_source(
+    expr: Expr, templates: Mapping[str, str], broadcast: str = "{}[:, None]", names: Mapping[str, str] | None = None
+) -> str:
     """Print an expression as source text.
 
     Args:
         expr: what to print.
-        templates: for each operation a format string of its arguments, e.g. ``{"exp2": "tl.exp2({0})"}``.
+        templates: for each operation a format string of its arguments, e.g. ``{"log2": "tl.log2({0})"}``.
         broadcast: how a ROW is made to broadcast against a VECTOR or TILE.
+        names: source text of symbols that are not printed as their own name.
     """
+    names = names or {}
 
     def leaf(e: Expr) -> str:
         if e.op == "symbol":
-            return e.args[0]
+            return names.get(e.args[0], e.args[0])
         value = e.args[0]
         return f'float("{value}")' if value in (float("inf"), float("-inf")) else repr(value)
 
