@@ -1,0 +1,75 @@
+"""What the precision tiers mean, as data: how operands of tile products are rounded, and the error that is allowed.
+
+``fast`` rounds an operand once to the input type. ``accurate`` stands for it by a sum hi + lo of two values of that
+type, at the price of a second product. Query, key and value are exact in both, and sums are kept in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT16_MAX = 65504.0
+
+# float32 and float64 operands enter a product as they are; a backend picks tf32 or ieee products for float32.
+_SPLIT_TERMS = {
+    ("float16", "fast"): 1,
+    ("bfloat16", "fast"): 1,
+    ("float16", "accurate"): 2,
+    ("bfloat16", "accurate"): 2,
+}
+
+# (smallest ridge, limit), largest ridge first. Under the last ridge the only promise is a finite result.
+_ERROR_LIMITS = {
+    ("16-bit", "fast"): ((1.0, 1e-2), (0.1, 5e-2)),
+    ("16-bit", "accurate"): ((0.1, 2.5e-3), (0.01, 5e-3)),
+    ("float32", "fast"): ((1.0, 5e-3), (0.1, 2e-2)),
+    ("float32", "accurate"): ((0.1, 1e-5),),
+    ("float64", "fast"): ((0.1, 1e-4),),
+    ("float64", "accurate"): ((0.01, 1e-9),),
+}
+
+
+def split_terms(dtype: str, precision: str) -> int:
+    """Values of the input type whose sum stands for one computed operand of a tile product."""
+    return _SPLIT_TERMS.get((dtype, precision), 1)
+
+
+def weight_shift(dtype: str) -> int:
+    """Weights ``exp2(score - lse)`` are multiplied by 2**shift before rounding, their sums by 2**-shift after.
+
+    A weight is about 1/N. In float16 that is subnormal from N = 16384 on, and 2**6 leaves a factor of 1024 above the
+    largest weight. Weights relative to the running maximum ("online" sweeps) need no shift.
+    """
+    return 6 if dtype == "float16" else 0
+
+
+def round_operand(x: torch.Tensor, dtype: str, terms: int) -> torch.Tensor:
+    """The value that a sum of ``terms`` roundings of ``x`` to ``dtype`` stands for, in the type of ``x``.
+
+    Args:
+        x: operand in the accumulation type, any shape.
+        dtype: the input type; "float32" and "float64" return ``x`` itself.
+        terms: 1 rounds once; 2 adds the rounded remainder. float16 saturates at its largest value.
+    """
+    if dtype not in ("float16", "bfloat16"):
+        return x
+    import torch
+
+    storage = getattr(torch, dtype)
+    total, rest = None, x
+    for _ in range(terms):
+        if dtype == "float16":
+            rest = rest.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        term = rest.to(storage).to(x.dtype)
+        total, rest = (term if total is None else total + term), rest - term
+    return total
+
+
+def error_limit(dtype: str, precision: str, ridge: float) -> float:
+    """Largest allowed ``||out - reference|| / ||reference||``; inf where only a finite result is promised."""
+    kind = "16-bit" if dtype in ("float16", "bfloat16") else dtype
+    return next((limit for floor, limit in _ERROR_LIMITS[kind, precision] if ridge >= floor), math.inf)
