@@ -1,0 +1,102 @@
+"""The eager backend: sweeps interpreted tile by tile in PyTorch, on any device and for any float type."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Mapping
+
+from lla_compile.plan import SCHEDULES, KernelConfig
+from lla_compile.sweeps import lower
+
+if TYPE_CHECKING:
+    from lla_compile.backends import Executable
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plan import Plan
+    from lla_compile.spec import LLASpec
+
+_BLOCKS = (32, 64, 128, 256, 512)
+_CG_MAX_ITERS = (16, 24, 32, 48, 64)
+# Iterations that reach the tolerance of (dtype, precision) at ridge 0.1; 32 for all others.
+_DEFAULT_CG_MAX_ITERS = {("float32", "accurate"): 64, ("float64", "fast"): 64, ("float64", "accurate"): 256}
+
+_TILES_ALIVE = 4  # (rows, keys) matrices that exist at once: two scores, the weights and their rounding
+_WORK_BYTES = 512 << 20
+_CACHE_ELEMENTS = 1 << 20  # of one score tile over all heads: larger ones fall out of a CPU's cache
+
+
+class EagerBackend:
+    """See :class:`lla_compile.backends.Backend`."""
+
+    name = "eager"
+
+    def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
+        try:
+            lower(spec.op, spec.phase)
+        except NotImplementedError as error:
+            return str(error)
+        return None
+
+    def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+        block_q, block_k = 128, 256
+        while block_q * block_k * max(spec.batch_heads, 1) > _CACHE_ELEMENTS and block_q * block_k > 64 * 64:
+            block_q, block_k = block_k // 2, block_q  # 128 x 256, 128 x 128, 64 x 128, 64 x 64
+        config = KernelConfig(
+            backend=self.name,
+            schedule="fused",
+            block_q=block_q,
+            block_k=block_k,
+            cg_max_iters=_DEFAULT_CG_MAX_ITERS.get((spec.dtype, spec.precision), 32),
+        )
+        while self.infeasible(spec, config, device):
+            block_q, block_k = (block_q + 1) // 2, (block_k + 1) // 2
+            config = KernelConfig(self.name, config.schedule, block_q, block_k, config.cg_max_iters)
+        return config
+
+    def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
+        default = self.default_config(spec, device)
+        return {
+            "schedule": SCHEDULES,
+            "block_q": tuple(sorted({*_BLOCKS, default.block_q})),
+            "block_k": tuple(sorted({*_BLOCKS, default.block_k})),
+            "cg_max_iters": tuple(sorted({*_CG_MAX_ITERS, default.cg_max_iters})),
+        }
+
+    def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
+        item = 8 if spec.dtype == "float64" else 4
+        rows, keys = min(config.block_q, spec.seqlen_q), min(config.block_k, spec.seqlen_k)
+        needed = _TILES_ALIVE * spec.batch_heads * rows * keys * item
+        queries, keys = spec.batch_heads * spec.seqlen_q, spec.batch * spec.num_kv_heads * spec.seqlen_k
+        tensors = (queries + keys) * (spec.head_dim + spec.head_dim_v) * item
+        allowed = max(_WORK_BYTES, tensors)
+        if needed <= allowed:
+            return None
+        return f"tiles of all heads need {needed >> 20} MiB at once, allowed are {allowed >> 20} MiB"
+
+    def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
+        return _source_hash()
+
+    def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
+        """Nothing to compile."""
+
+    def bind(self, plan: Plan) -> Executable:
+        from lla_compile.backends.eager.interpreter import EagerExecutable
+
+        return EagerExecutable(plan)
+
+
+@lru_cache(maxsize=None)
+def _source_hash() -> str:
+    import lla_compile
+
+    package = Path(lla_compile.__file__).parent
+    files = [package / f"{name}.py" for name in ("expr", "masks", "precision", "sweeps")]
+    files += sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+BACKEND = EagerBackend()
