@@ -7,6 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from lla_compile.spec import LLASpec
+from lla_compile.sweeps import Loop, lower
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
@@ -76,6 +77,7 @@ class Plan:
         source: how well the configuration fits.
         distance: octaves between the bucket that was tuned and the one that is asked for; 0 when exact or heuristic.
         reason: one sentence on how the configuration was found.
+        notes: what else is worth knowing, a sentence each.
     """
 
     spec: LLASpec
@@ -90,3 +92,69 @@ class Plan:
     def cg_max_iters(self) -> int:
         """The cap in force: the caller's, else the configuration's."""
         return self.spec.cg_max_iters or self.config.cg_max_iters
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Flops (two a multiply-add) outside the CG loop, and of one CG iteration, over the visible pairs.
+
+        Counted as the equations have them: splitting operands in `accurate` and masked-out parts of tiles come on top.
+        """
+        outside, iteration = 0.0, 0.0
+        for stage in lower(self.spec.op, self.spec.phase).stages:
+            sweep = stage.sweep if isinstance(stage, Loop) else stage
+            operands = [s.col for s in sweep.scores] + [a.col for a in sweep.accumulators]
+            columns = sum(self.spec.head_dim_v if col == "v" else self.spec.head_dim for col in operands)
+            flops = 2.0 * columns * self.spec.visible_pairs
+            if isinstance(stage, Loop):
+                iteration += flops
+            else:
+                outside += flops
+        return outside, iteration
+
+    def __str__(self) -> str:
+        spec, config, device = self.spec, self.config, self.device
+        knobs = [f"{name} {getattr(config, name)}" for name in ("block_q", "block_k", "num_warps", "num_stages")
+                 if getattr(config, name) is not None]
+        sweeps = [f"{s.sweep.name} {s.sweep.products} (each CG iteration)" if isinstance(s, Loop)
+                  else f"{s.name} {s.products}" for s in lower(spec.op, spec.phase).stages]
+        outside, iteration = self.flops
+        source = self.source.value + (f", {self.distance:.1f} octaves away" if self.distance else "")
+        lines = [
+            ("spec", spec.describe()),
+            ("device", f"{device.name} ({device.id})"),
+            ("backend", f"{config.backend}, schedule {config.schedule}"),
+            ("tile", ", ".join(knobs)),
+            ("CG", f"until ||r|| <= {spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations"),
+            ("source", source),
+            ("reason", self.reason),
+            ("sweeps", f"{', '.join(sweeps)}: tile products per visible pair"),
+            ("work", f"{_count(spec.visible_pairs)} visible pairs, {_flop(outside)} + {_flop(iteration)} a CG iteration"),
+        ]
+        if device.tensor_tflops:
+            peak = device.tensor_tflops * 1e12
+            lines.append((
+                "floor",
+                f"{_seconds(outside / peak)} + {_seconds(iteration / peak)} a CG iteration, "
+                f"{_seconds((outside + self.cg_max_iters * iteration) / peak)} at the cap "
+                f"({device.tensor_tflops:g} TFLOP/s bf16 peak)",
+            ))
+        lines += [("note", note) for note in self.notes]
+        return "\n".join(f"{label:<8} {text}" for label, text in lines)
+
+
+def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
+    """``value`` in the first unit that it fills, or the last."""
+    size, unit = next((u for u in units if value >= u[0]), units[-1])
+    return f"{value / size:.3g} {unit}"
+
+
+def _count(count: float) -> str:
+    return _scaled(count, ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))).strip()
+
+
+def _flop(count: float) -> str:
+    return _scaled(count, ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")))
+
+
+def _seconds(seconds: float) -> str:
+    return _scaled(seconds, ((1.0, "s"), (1e-3, "ms"), (1e-6, "us")))

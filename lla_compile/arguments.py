@@ -1,0 +1,138 @@
+"""Checks of what callers pass: tensors and options in, an LLASpec out, or an error that names the argument."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+
+from lla_compile.spec import DTYPES, MAX_HEAD_DIM, LLASpec, check_ridge
+
+_AXES = "(batch, heads, seqlen, head_dim)"
+_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
+
+
+def check_tensors(q, k, v) -> None:
+    """Raise unless query, key and value fit together; shapes may be symbolic.
+
+    Raises:
+        TypeError: not a tensor, not a supported dtype, or different dtypes.
+        ValueError: a wrong number of dimensions, mismatched shapes or devices, a size out of range.
+        NotImplementedError: a sparse or nested tensor.
+    """
+    named = {"q": q, "k": k, "v": v}
+    for name, x in named.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested:
+            raise NotImplementedError(f"{name} must be a dense tensor, got layout {x.layout}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must have dtype {', '.join(DTYPES)}, got {_name(x.dtype)}")
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be 4-D {_AXES}, got shape {tuple(x.shape)}")
+    for name, x in named.items():
+        if x.dtype != q.dtype:
+            raise TypeError(f"q, k and v must have one dtype, got q {_name(q.dtype)} and {name} {_name(x.dtype)}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"q, k and v must have one batch size, got q {q.shape[0]} and {name} {x.shape[0]}")
+        if x.shape[1] < 1:
+            raise ValueError(f"{name} must have at least one head, got shape {tuple(x.shape)}")
+        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
+    if k.shape[3] != q.shape[3]:
+        raise ValueError(f"q and k must have one head_dim, got q {q.shape[3]} and k {k.shape[3]}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"k and v must have the same heads, got k {k.shape[1]} and v {v.shape[1]}")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"k and v must have the same seqlen, got k {k.shape[2]} and v {v.shape[2]}")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q must have a multiple of the heads of k (grouped-query attention), got q {q.shape[1]} and k {k.shape[1]}"
+        )
+
+
+def spec_of(q, k, v, is_causal, window_size, precision, cg_tol, cg_max_iters) -> LLASpec:
+    """The spec of a call. Raises like :func:`check_tensors`, and as LLASpec does for the options."""
+    check_tensors(q, k, v)
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    return LLASpec(
+        dtype=_name(q.dtype),
+        head_dim=q.shape[3],
+        head_dim_v=v.shape[3],
+        batch=q.shape[0],
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        seqlen_q=q.shape[2],
+        seqlen_k=k.shape[2],
+        is_causal=is_causal,
+        window_size=window_size,
+        precision=precision,
+        cg_tol=cg_tol,
+        cg_max_iters=cg_max_iters,
+    )
+
+
+def ridge_number(ridge) -> float:
+    """``ridge`` as a float. Raises TypeError unless it is a number, ValueError unless it is positive and finite."""
+    if not isinstance(ridge, Real) or isinstance(ridge, bool):
+        raise TypeError(f"ridge must be a number or a tensor, got {type(ridge).__name__}")
+    number = float(ridge)
+    check_ridge(number)
+    return number
+
+
+def ridge_rows(ridge: torch.Tensor, q: torch.Tensor, check_values: bool) -> torch.Tensor:
+    """``ridge`` expanded to a (B, Hq, N) view.
+
+    ``check_values`` also looks at the values of a tensor on a device, for which the host has to wait.
+
+    Raises:
+        TypeError: not a floating-point tensor.
+        ValueError: on another device than q, not broadcastable to (B, Hq, N), or not positive and finite.
+    """
+    _check_companion("ridge", ridge, q)
+    try:
+        rows = ridge.expand(q.shape[:3])
+    except RuntimeError:
+        raise ValueError(
+            f"ridge must broadcast to (batch, heads, seqlen) = {tuple(q.shape[:3])}, got shape {tuple(ridge.shape)}"
+        ) from None
+    if (check_values or ridge.device.type == "cpu") and not ((ridge > 0) & (ridge < math.inf)).all():
+        raise ValueError(f"ridge must be positive and finite, got a tensor with values from {_extremes(ridge)}")
+    return rows
+
+
+def scale_number(scale) -> float:
+    """``scale`` as a float. Raises TypeError unless it is a number, ValueError unless it is finite."""
+    if not isinstance(scale, Real) or isinstance(scale, bool):
+        raise TypeError(f"scale must be None, a number or a 0-dim tensor, got {type(scale).__name__}")
+    number = float(scale)
+    if not math.isfinite(number):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    return number
+
+
+def check_scale_tensor(scale: torch.Tensor, q: torch.Tensor) -> None:
+    """Raise unless ``scale`` is a 0-dim floating-point tensor on the device of q; its value is not looked at."""
+    _check_companion("scale", scale, q)
+    if scale.dim():
+        raise ValueError(f"scale must be a 0-dim tensor, got shape {tuple(scale.shape)}")
+
+
+def _check_companion(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{name} must be a number or a floating-point tensor, got dtype {_name(x.dtype)}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on the device of q, got {name} on {x.device} and q on {q.device}")
+
+
+def _extremes(x: torch.Tensor) -> str:
+    return f"{x.min().item():g} to {x.max().item():g}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

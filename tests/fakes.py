@@ -1,0 +1,65 @@
+"""Stand-ins for backends and the database, for tests of what chooses between them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from lla_compile.plan import KernelConfig, Source
+
+
+class FakeBackend:
+    """Records what it is asked to run; its output is zeros (made once, so that its own cost is next to nothing)."""
+
+    def __init__(self, name, *, refuses=None, infeasible=None, kernel_hash="hash"):
+        self.name, self.refuses, self.too_big, self.kernel_hash = name, refuses, infeasible, kernel_hash
+        self.bound, self.calls = [], []
+
+    def unsupported(self, spec, device):
+        return self.refuses
+
+    def default_config(self, spec, device):
+        return KernelConfig(self.name, "fused", 64, 64, 32)
+
+    def infeasible(self, spec, config, device):
+        return self.too_big
+
+    def source_hash(self, spec, config):
+        return self.kernel_hash
+
+    def bind(self, plan):
+        spec = plan.spec
+        out = torch.zeros(spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v)
+        self.bound.append(plan)
+
+        def executable(*args):
+            self.calls.append(args)
+            return out, None, None
+
+        return executable
+
+
+def entry_of(backend, *, kernel_hash="hash", block_q=128):
+    """A database entry that tests recognise by its ``block_q``."""
+    config = KernelConfig(backend, "split", block_q, 64, 24)
+    return SimpleNamespace(config=config, search={"kernel_hash": kernel_hash})
+
+
+def lookup_in(*entries, source=Source.EXACT, distance=0.0):
+    """A look-up that offers ``entries`` in order; the queries that it got are in its attribute ``queries``."""
+    queries = []
+
+    def lookup(key, bucket, seqlen, batch_heads, device, reject):
+        queries.append((key, bucket, seqlen, batch_heads, device))
+        refused = []
+        for entry in entries:
+            why = reject(entry.config, entry)
+            if why is None:
+                return SimpleNamespace(entry=entry, source=source, distance=distance, reason="found")
+            refused.append(why)
+        reason = "refused " + "; ".join(refused) if refused else "nothing is tuned"
+        return SimpleNamespace(entry=None, source=Source.HEURISTIC, distance=0.0, reason=reason)
+
+    lookup.queries = queries
+    return lookup
