@@ -76,22 +76,25 @@ class Sweep:
         """Tile products, that is multiply-adds per visible pair and column of the operands."""
         return len(self.scores) + len(self.accumulators)
 
-    def reads(self) -> frozenset[str]:
-        """State that must exist before the sweep."""
+    def stream_reads(self) -> frozenset[str]:
+        """State that must exist before the stream: what the prologue, the scores and the weights use."""
         known = {s.name for s in self.scores} | {"p"}
-        needed: set[str] = set()
+        needed: set[str] = set() if self.softmax == "online" else {"lse"}
         for assign in self.prologue:
             needed |= assign.value.symbols() - known
             known.add(assign.name)
         for score in self.scores:
-            needed |= ({score.row, score.center} - {None}) - known
+            needed |= {score.row, score.center} - {None} - known
         for accumulator in self.accumulators:
             needed |= accumulator.weight.symbols() - known
-            known.add(accumulator.name)
+        return frozenset(needed)
+
+    def reads(self) -> frozenset[str]:
+        """State that must exist before the sweep, its epilogue included."""
+        known = {a.name for a in (*self.prologue, *self.accumulators)}
         if self.softmax == "online":
             known |= {"row_max", "row_sum"}
-        else:
-            needed.add("lse")
+        needed = set(self.stream_reads())
         for assign in self.epilogue:
             needed |= assign.value.symbols() - known
             known.add(assign.name)

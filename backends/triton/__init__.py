@@ -1,0 +1,82 @@
+"""Triton backend: sweeps printed as Triton kernels, for NVIDIA GPUs from compute capability 8.0 on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Mapping
+
+from lla_compile.backends.triton import config as config_module
+from lla_compile.backends.triton import resources
+from lla_compile.backends.triton.source import print_module
+
+if TYPE_CHECKING:
+    from lla_compile.backends import Executable
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plan import KernelConfig, Plan
+    from lla_compile.spec import LLASpec
+
+_MIN_COMPUTE_CAPABILITY = 8.0
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET asks Triton to run kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+class TritonBackend:
+    """See :class:`lla_compile.backends.Backend`."""
+
+    name = "triton"
+
+    def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton; Linux only)"
+        if spec.dtype not in ("float16", "bfloat16", "float32"):
+            return f"{spec.dtype} has no tensor-core products; the eager backend runs it"
+        if interpreting():
+            # Triton's interpreter computes bfloat16 products wrongly.
+            return "Triton's interpreter cannot multiply bfloat16" if spec.dtype == "bfloat16" else None
+        if device.vendor != "nvidia":
+            return f"{device.id} is not an NVIDIA GPU (set TRITON_INTERPRET=1 to interpret kernels on the CPU)"
+        if float(device.compute_capability) < _MIN_COMPUTE_CAPABILITY:
+            return f"compute capability {device.compute_capability} < {_MIN_COMPUTE_CAPABILITY}"
+        if reason := self.infeasible(spec, self.default_config(spec, device), device):
+            return f"no configuration fits: {reason}"
+        return None
+
+    def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+        return config_module.default_config(spec, device)
+
+    def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
+        return config_module.search_space(spec, device)
+
+    def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
+        return None if interpreting() else resources.infeasible(spec, config, device)
+
+    def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
+        return _source_hash(spec.op, spec.phase, config.schedule)
+
+    def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
+        from lla_compile.backends.triton.launcher import compile_variant
+
+        compile_variant(spec, config, device)
+
+    def bind(self, plan: Plan) -> Executable:
+        from lla_compile.backends.triton.launcher import Launcher
+
+        return Launcher(plan)
+
+
+@lru_cache(maxsize=None)
+def _source_hash(op: str, phase: str, schedule: str) -> str:
+    """Of the printed kernels and of the hand-written blocks that they call."""
+    primitives = (Path(__file__).parent / "primitives.py").read_text()
+    text = print_module(op, phase, schedule).text + primitives
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,81 @@
+"""From printed source to a compiled kernel, for the device at hand or for one that is not in the machine."""
+
+from __future__ import annotations
+
+import linecache
+from functools import lru_cache
+from typing import Mapping
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from lla_compile.backends import CompileError
+from lla_compile.backends.triton.source import CONSTEXPRS, Kernel, print_module
+
+_TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+@lru_cache(maxsize=None)
+def load_functions(op: str, phase: str, schedule: str) -> Mapping[str, object]:
+    """Execute a printed module: its ``@triton.jit`` functions by name."""
+    text = print_module(op, phase, schedule).text
+    # Triton reads a function's source back through inspect, which finds it here.
+    filename = f"<lla_compile {op} {phase} {schedule}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    namespace = {"__name__": f"lla_compile.backends.triton.generated.{op}_{phase}_{schedule}"}
+    exec(compile(text, filename, "exec"), namespace)
+    return namespace
+
+
+def compile_kernel(
+    function,
+    kernel: Kernel,
+    *,
+    dtype: str,
+    constants: Mapping[str, object],
+    absent: frozenset[str],
+    aligned: bool,
+    compute_capability: str,
+    num_warps: int,
+    num_stages: int,
+) -> CompiledKernel:
+    """Compile one kernel; nothing but Triton's own cache on disk is touched, and no GPU is needed.
+
+    Args:
+        function: the ``@triton.jit`` function.
+        kernel: its printed description.
+        dtype: type of q, k, v and the output.
+        constants: a value for each name in CONSTEXPRS.
+        absent: pointer parameters that are None in this variant.
+        aligned: whether every pointer is 16-byte aligned and every stride a multiple of 16 bytes.
+        compute_capability: "9.0".
+        num_warps: warps of a program.
+        num_stages: depth of the software pipeline.
+
+    Raises:
+        CompileError: the compiler refused; the message is its last line.
+    """
+    signature, attributes = {}, {}
+    fixed = {(len(kernel.parameters) + i,): constants[name] for i, name in enumerate(CONSTEXPRS)}
+    elements = 16 // (4 if dtype == "float32" else 2)
+    for position, (name, kind) in enumerate(kernel.parameters):
+        if name in absent:
+            signature[name] = "constexpr"
+            fixed[position,] = None
+            continue
+        signature[name] = f"*{_TYPES[dtype]}" if kind == "*in" else kind
+        if aligned and kind.startswith("*"):
+            attributes[position,] = [["tt.divisibility", 16]]
+        elif aligned and kind == "i64" and not name.startswith("ridge"):
+            attributes[position,] = [["tt.divisibility", elements]]
+    signature |= {name: "constexpr" for name in CONSTEXPRS}
+    major, minor = compute_capability.split(".")
+    # The products of a score and its centre must contract to one FMA; Triton changed the default of this option.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=attributes)
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", 10 * int(major) + int(minor), 32), options=options)
+    except Exception as error:  # the compiler raises from every layer: Python, MLIR (RuntimeError), ptxas
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise CompileError(f"{kernel.name} did not compile for sm_{major}{minor}: {lines[-1]}") from error

@@ -1,0 +1,59 @@
+"""Heuristic default and search space of the Triton backend, side by side."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Mapping
+
+from lla_compile.backends.triton.resources import infeasible
+from lla_compile.plan import KernelConfig
+
+if TYPE_CHECKING:
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.spec import LLASpec
+
+# float32 `accurate` asks for a residual of 1e-6, which takes about twice the iterations of 1e-3.
+_DEFAULT_CG_MAX_ITERS = {"float16": 32, "bfloat16": 32, "float32": 64}
+
+# (block_q, block_k, num_warps, num_stages), best first; the first that fits is taken. 64 x 64 with 4 warps won at
+# head_dim 64 and 128 on Hopper; the others are for wide heads, float32 and small shared memory.
+_PREFERENCE = (
+    (64, 64, 4, 3),
+    (64, 64, 4, 2),
+    (64, 32, 4, 2),
+    (64, 64, 8, 2),
+    (64, 64, 8, 1),
+    (32, 32, 2, 2),
+    (32, 32, 2, 1),
+    (16, 32, 1, 1),
+    (16, 16, 1, 1),
+)
+
+
+def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+    """The first preferred shape that the device can hold."""
+    for block_q, block_k, num_warps, num_stages in _PREFERENCE:
+        config = KernelConfig(
+            backend="triton",
+            schedule="fused",
+            block_q=block_q,
+            block_k=block_k,
+            cg_max_iters=_DEFAULT_CG_MAX_ITERS[spec.dtype],
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        if infeasible(spec, config, device) is None:
+            break
+    return config
+
+
+def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
+    """Values worth trying. Below Hopper a warp owns 16 rows by itself, so smaller query tiles are an option."""
+    warpgroups = float(device.compute_capability or 0) >= 9.0
+    return {
+        "schedule": ("fused", "split"),
+        "block_q": (64, 128) if warpgroups else (16, 32, 64, 128),
+        "block_k": (32, 64, 128),
+        "num_warps": (4, 8) if warpgroups else (1, 2, 4, 8),
+        "num_stages": (1, 2, 3, 4),
+        "cg_max_iters": (48, 64, 96, 128) if spec.dtype == "float32" else (24, 32, 48, 64),
+    }
