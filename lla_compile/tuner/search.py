@@ -1,0 +1,227 @@
+"""The search of one key: propose, compile ahead, evaluate, record; then compare the best with the default."""
+
+from __future__ import annotations
+
+import datetime
+import random
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Callable, Iterable, Protocol
+
+from lla_compile.plan import KernelConfig
+from lla_compile.tuner.outcome import FAILURES, DeviceLost, Kind, Outcome
+from lla_compile.tuner.space import SearchSpace
+from lla_compile.tuner.study import Decision, Proposal, Record, TuningStudy, retimed
+from lla_compile.tuner.timing import Timing
+
+# Proposals in a row that turn out infeasible or known, after which an untried configuration is taken at random.
+_PATIENCE = 20
+
+
+class Evaluate(Protocol):
+    """What a search needs of an evaluator."""
+
+    def __call__(self, config: KernelConfig) -> Outcome:
+        """Check and time one configuration."""
+
+    def retime(self, configs: list[KernelConfig]) -> list[Timing]:
+        """Time configurations again, in turns."""
+
+
+class Compiler(Protocol):
+    """What a search needs of a compile pool."""
+
+    def submit(self, config: KernelConfig) -> None:
+        """Start compiling."""
+
+    def result(self, config: KernelConfig) -> Outcome | None:
+        """Wait; None if it compiled."""
+
+
+class CompileInPlace:
+    """The compiler of backends that compile nothing, or when they are bound."""
+
+    def submit(self, config: KernelConfig) -> None:
+        """Nothing to start."""
+
+    def result(self, config: KernelConfig) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When a search ends.
+
+    Attributes:
+        trials: configurations evaluated, those of a resumed study included.
+        deadline: time.monotonic() after which nothing new is evaluated.
+        finalists: configurations compared with the default at the end.
+    """
+
+    trials: int
+    deadline: float
+    finalists: int
+
+
+class Search:
+    """The search of one key.
+
+    Args:
+        study: proposals and records.
+        space: feasibility and the default.
+        evaluate: turns a configuration into an outcome.
+        budget: when to end.
+        compiler: compiles ahead of evaluation.
+        lookahead: proposals in flight, so that many compile at a time; 1 lets each learn from all earlier ones.
+        report: called with each finished record.
+    """
+
+    def __init__(
+        self,
+        study: TuningStudy,
+        space: SearchSpace,
+        evaluate: Evaluate,
+        budget: Budget,
+        compiler: Compiler | None = None,
+        lookahead: int = 1,
+        report: Callable[[Record], None] = lambda record: None,
+    ):
+        self._study = study
+        self._space = space
+        self._evaluate = evaluate
+        self._budget = budget
+        self._compiler = compiler or CompileInPlace()
+        self._lookahead = lookahead
+        self._report = report
+        self._in_flight: deque[Proposal] = deque()
+        self._free_in_a_row = 0
+        self._exhausted = False
+        self._records: list[Record] = []
+        self._known: dict[KernelConfig, Outcome] = {}
+
+    @property
+    def records(self) -> list[Record]:
+        """All finished trials, those of a resumed study included."""
+        return self._study.records()
+
+    def run(self, enqueue: Iterable[KernelConfig] = ()) -> Decision | None:
+        """Search until the budget is spent, then decide; None if no configuration is correct.
+
+        Args:
+            enqueue: tried right after the heuristic default when the study is new.
+
+        Raises:
+            DeviceLost, KeyboardInterrupt: finished trials are recorded, those in flight are failed.
+        """
+        self._study.fail_stale()
+        if self._study.is_new:
+            default = self._space.default()
+            self._study.enqueue(dict.fromkeys([default, *enqueue]))
+        elif (decision := self._study.decision()) and decision.trials >= self._budget.trials:
+            return decision  # nothing is left to do, and timing again could swap two equals
+        try:
+            self._loop()
+        finally:
+            for proposal in self._in_flight:
+                self._study.abandon(proposal)
+        return self._decide()
+
+    def _loop(self) -> None:
+        while True:
+            self._fill()
+            if not self._in_flight or self._out_of_time():
+                return
+            proposal = self._in_flight[0]
+            try:
+                outcome = self._compiler.result(proposal.config) or self._evaluate(proposal.config)
+            except DeviceLost as error:
+                # Recorded, so that a resumed search does not try it again.
+                self._finish(proposal, Outcome(Kind.RUNTIME, str(error)))
+                raise
+            self._finish(proposal, outcome)
+            self._in_flight.popleft()
+
+    def _fill(self) -> None:
+        # Read anew each time: another process may share the study, and with it the budget of trials.
+        self._records = self._study.records()
+        self._known = {record.config: record.outcome for record in self._records}
+        while len(self._in_flight) < self._lookahead and self._wanted() and not self._out_of_time():
+            if self._free_in_a_row >= _PATIENCE:
+                self._enqueue_untried()
+                if self._exhausted:
+                    return
+            proposal = self._study.ask()
+            config = proposal.config
+            if (known := self._known.get(config)) is not None:
+                self._finish(proposal, known, free=True)
+            elif reason := self._space.infeasible(config):
+                self._finish(proposal, Outcome(Kind.RESOURCES, reason), free=True)
+            elif any(config == other.config for other in self._in_flight):
+                self._free_in_a_row += 1
+                self._study.abandon(proposal)
+            else:
+                self._free_in_a_row = 0
+                self._in_flight.append(proposal)
+                self._compiler.submit(config)
+
+    def _finish(self, proposal: Proposal, outcome: Outcome, *, free: bool = False) -> None:
+        record = self._study.tell(proposal, outcome, free=free)
+        self._free_in_a_row += free
+        self._known[record.config] = outcome
+        self._records.append(record)
+        self._report(record)
+
+    def _enqueue_untried(self) -> None:
+        taken = self._known.keys() | {proposal.config for proposal in self._in_flight}
+        untried = [config for config in self._space.feasible() if config not in taken]
+        self._exhausted = not untried
+        if untried:
+            self._study.enqueue([random.Random(len(self._records)).choice(untried)])
+
+    def _wanted(self) -> bool:
+        return evaluated(self._records) + len(self._in_flight) < self._budget.trials and not self._exhausted
+
+    def _out_of_time(self) -> bool:
+        """Whether the budget of time is spent; the default is evaluated in any case."""
+        return time.monotonic() > self._budget.deadline and bool(self._records)
+
+    def _decide(self) -> Decision | None:
+        self._records = self._study.records()
+        if (earlier := self._study.decision()) and earlier.trials == evaluated(self._records):
+            return earlier
+        best = ranked(self._records)[: self._budget.finalists]
+        if not best:
+            return None
+        default = self._space.default()
+        outcome = self._known.get(default)
+        measured = outcome is not None and outcome.ok
+        finalists = list(dict.fromkeys([r.config for r in best] + ([default] if measured else [])))
+        timings = dict(zip(finalists, self._evaluate.retime(finalists)))
+        winner = min(finalists, key=lambda config: timings[config].median_ms)
+        decision = Decision(
+            winner,
+            retimed(self._known[winner], timings[winner]),
+            timings[default].median_ms if measured else None,
+            evaluated(self._records),
+            datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        )
+        self._study.decide(decision)
+        return decision
+
+
+def ranked(records: Iterable[Record]) -> list[Record]:
+    """The correct configurations, fastest first, each once."""
+    correct = sorted((r for r in records if r.outcome.ok and not r.free), key=lambda r: r.outcome.median_ms)
+    return list({record.config: record for record in correct}.values())
+
+
+def evaluated(records: Iterable[Record]) -> int:
+    """Configurations that cost a trial."""
+    return sum(not record.free for record in records)
+
+
+def failures(records: Iterable[Record]) -> dict[str, int]:
+    """Distinct configurations that failed, by kind; every kind is listed."""
+    failed = {record.config: record.outcome.kind for record in records if not record.outcome.ok}
+    return {kind.value: sum(k is kind for k in failed.values()) for kind in FAILURES}

@@ -1,0 +1,141 @@
+"""One key from spec to database entry."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, Sequence
+
+import optuna
+
+from lla_compile.key import key_of
+from lla_compile.plan import KernelConfig
+from lla_compile.spec import LLASpec
+from lla_compile.tuner.compile_pool import CompilePool, worker_count
+from lla_compile.tuner.evaluate import Evaluator
+from lla_compile.tuner.outcome import DeviceLost
+from lla_compile.tuner.presets import Preset
+from lla_compile.tuner.problem import Problem
+from lla_compile.tuner.search import Budget, Search, evaluated, failures, ranked
+from lla_compile.tuner.space import SearchSpace, usable_backends
+from lla_compile.tuner.study import Decision, Record, TuningStudy, study_name
+from lla_compile.tuner.toolchain import toolchain
+from lla_compile.tuner.writer import make_entry, neighbours, write
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all keys of a command.
+
+    Attributes:
+        preset: effort.
+        seed: of the proposals.
+        resume: go on with the last study of the same name.
+        storage: where studies live.
+        path: the database file written to.
+        backends: names of the backends searched; empty leaves it to the device.
+    """
+
+    preset: Preset
+    seed: int
+    resume: bool
+    storage: optuna.storages.BaseStorage
+    path: Path
+    backends: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class KeyResult:
+    """What the search of one key came to.
+
+    Attributes:
+        spec: what was tuned.
+        config: the winner, or the best so far of a search that did not end; None if nothing is correct.
+        decision: the end of the search, if it ended with a winner.
+        trials: configurations evaluated.
+        failed: failures by kind.
+        note: why there is no entry; "" if it was written.
+    """
+
+    spec: LLASpec
+    config: KernelConfig | None = None
+    decision: Decision | None = None
+    trials: int = 0
+    failed: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+
+
+class Watcher(Protocol):
+    """Follows a session."""
+
+    def begin(self, spec: LLASpec, trials: int, finished: int) -> None:
+        """A search begins, with ``finished`` trials taken over from a resumed study."""
+
+    def trial(self, record: Record) -> None:
+        """A trial has ended."""
+
+    def end(self, result: KeyResult) -> None:
+        """The search has ended, one way or another."""
+
+
+def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResult:
+    """Search one key and write its winner.
+
+    Raises:
+        ValueError: no backend can run it.
+        DatabaseError: the winner cannot be written.
+        DeviceLost, KeyboardInterrupt: the search did not end; the watcher has been told the best so far.
+    """
+    preset = settings.preset
+    deadline = time.monotonic() + preset.timeout_s
+    space = SearchSpace.joint(
+        problem.spec, problem.device, usable_backends(problem.spec, problem.device, settings.backends)
+    )
+    base = _study_base(problem, space, settings.seed)
+    name = study_name(settings.storage, base, settings.resume)
+    study = TuningStudy(settings.storage, name, space, settings.seed)
+    watcher.begin(problem.spec, preset.trials, evaluated(study.records()))
+    evaluator = Evaluator(problem, space.backends, preset)
+    with contextlib.ExitStack() as stack:
+        compiler, lookahead = None, 1
+        if not problem.device.is_cpu:
+            pool = CompilePool(evaluator.specs(), problem.device, worker_count(), preset.compile_timeout_s)
+            compiler, lookahead = stack.enter_context(pool), preset.lookahead
+        budget = Budget(preset.trials, deadline, preset.finalists)
+        search = Search(study, space, evaluator, budget, compiler, lookahead, watcher.trial)
+        try:
+            decision = search.run(neighbours(problem))
+        except (DeviceLost, KeyboardInterrupt) as error:
+            watcher.end(_unfinished(problem.spec, study.records(), error))
+            raise
+    records = study.records()
+    result = KeyResult(
+        problem.spec, trials=evaluated(records), failed=failures(records), note="no configuration is correct"
+    )
+    if decision is not None:
+        write(problem, make_entry(problem, space, decision, records, settings.seed), settings.path)
+        result = replace(result, config=decision.config, decision=decision, note="")
+    watcher.end(result)
+    return result
+
+
+def _unfinished(spec: LLASpec, records: Sequence[Record], error: BaseException) -> KeyResult:
+    best = ranked(records)[:1]
+    reason = "the device was lost" if isinstance(error, DeviceLost) else "interrupted"
+    return KeyResult(
+        spec,
+        config=best[0].config if best else None,
+        trials=evaluated(records),
+        failed=failures(records),
+        note=f"{reason}, nothing written",
+    )
+
+
+def _study_base(problem: Problem, space: SearchSpace, seed: int) -> str:
+    """What makes two searches the same one: device, key, sizes, kernels and toolchain, seed."""
+    spec = problem.spec
+    sizes = f"N{spec.seqlen_k} BH{spec.batch_heads}"
+    digest = space.digest(toolchain(problem.torch_device.type))
+    return f"{problem.device.id}/{key_of(spec).describe()}/{sizes}/{digest}/seed{seed}"

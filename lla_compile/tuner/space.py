@@ -1,0 +1,120 @@
+"""The joint search space of the backends that may run a problem."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
+
+from lla_compile import backends
+from lla_compile.backends import Backend
+from lla_compile.devices import DeviceInfo
+from lla_compile.plan import KernelConfig
+from lla_compile.spec import LLASpec
+
+if TYPE_CHECKING:
+    import optuna
+
+Knobs = Mapping[str, tuple]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Values of every knob, by backend.
+
+    A knob is a parameter of its own for each backend ("triton.block_q"), conditional on "backend": values that suit
+    one say nothing of another, and what a backend lacks is never suggested for it.
+    """
+
+    spec: LLASpec
+    device: DeviceInfo
+    backends: Mapping[str, Backend]
+    knobs: Mapping[str, Knobs]
+
+    @classmethod
+    def joint(cls, spec: LLASpec, device: DeviceInfo, allowed: Mapping[str, Backend]) -> SearchSpace:
+        """The space of ``allowed``, each backend's heuristic default included."""
+        return cls(spec, device, allowed, {name: _with_default(b, spec, device) for name, b in allowed.items()})
+
+    def default(self) -> KernelConfig:
+        """What would run untuned: the heuristic of the first backend."""
+        return next(iter(self.backends.values())).default_config(self.spec, self.device)
+
+    def infeasible(self, config: KernelConfig) -> str | None:
+        """The limit that a configuration breaks, or None."""
+        return self.backends[config.backend].infeasible(self.spec, config, self.device)
+
+    def suggest(self, trial: optuna.Trial) -> KernelConfig:
+        name = trial.suggest_categorical("backend", list(self.knobs))
+        knobs = self.knobs[name].items()
+        chosen = {knob: trial.suggest_categorical(f"{name}.{knob}", list(values)) for knob, values in knobs}
+        return KernelConfig(backend=name, **chosen)
+
+    def contains(self, config: KernelConfig) -> bool:
+        """Whether :meth:`suggest` can come up with ``config``."""
+        knobs = self.knobs.get(config.backend, {})
+        return config.as_dict().keys() - {"backend"} == knobs.keys() and all(
+            getattr(config, knob) in values for knob, values in knobs.items()
+        )
+
+    def parameters(self, config: KernelConfig) -> dict:
+        """The study's parameters that :meth:`suggest` turns into ``config``."""
+        knobs = {f"{config.backend}.{knob}": getattr(config, knob) for knob in self.knobs[config.backend]}
+        return {"backend": config.backend} | knobs
+
+    def feasible(self) -> Iterator[KernelConfig]:
+        """Every configuration that breaks no limit."""
+        for name, knobs in self.knobs.items():
+            for values in itertools.product(*knobs.values()):
+                config = KernelConfig(backend=name, **dict(zip(knobs, values)))
+                if self.infeasible(config) is None:
+                    yield config
+
+    def digest(self, toolchain: Mapping) -> str:
+        """Hash of all that makes earlier trials comparable: kernel sources, knobs and toolchain."""
+        sources = {
+            name: backend.source_hash(self.spec, backend.default_config(self.spec, self.device))
+            for name, backend in self.backends.items()
+        }
+        knobs = {name: dict(knobs) for name, knobs in self.knobs.items()}
+        text = json.dumps([sources, knobs, dict(toolchain)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def usable_backends(spec: LLASpec, device: DeviceInfo, requested: Sequence[str] = ()) -> dict[str, Backend]:
+    """The backends to search, in order of preference.
+
+    Eager, the slowest, is searched where it is named or where nothing else runs; on a CPU the others only run in an
+    interpreter and must be named.
+
+    Raises:
+        ValueError: none of them can run the spec on the device; the message says why.
+    """
+    names = requested or (("eager",) if device.is_cpu else backends.NAMES)
+    usable, refused = {}, []
+    for name in names:
+        if name == "eager" and usable and not requested:
+            continue
+        try:
+            backend = backends.get(name)
+        except ImportError as error:
+            refused.append(f"{name} does not import ({error})")
+            continue
+        if why := backend.unsupported(spec, device):
+            refused.append(f"{name}: {why}")
+        else:
+            usable[name] = backend
+    if not usable:
+        raise ValueError(f"no backend can run {spec.describe()} on {device.id}: {'; '.join(refused)}")
+    return usable
+
+
+def _with_default(backend: Backend, spec: LLASpec, device: DeviceInfo) -> Knobs:
+    default = backend.default_config(spec, device)
+    space = backend.search_space(spec, device)
+    return {
+        knob: tuple(values) if getattr(default, knob) in values else (*values, getattr(default, knob))
+        for knob, values in space.items()
+    }

@@ -1,0 +1,226 @@
+"""The search of one key as an Optuna study: what to try next, and the record of what was tried."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from typing import Iterator, Sequence
+
+import optuna
+from optuna.trial import TrialState
+
+from lla_compile.plan import KernelConfig
+from lla_compile.tuner.outcome import Outcome
+from lla_compile.tuner.space import SearchSpace
+from lla_compile.tuner.timing import Timing
+
+_CONFIG, _OUTCOME, _FREE, _OWNER, _DECISION = "config", "outcome", "free", "owner", "decision"
+
+# A running trial of another machine is taken for abandoned after this long; none takes as much.
+_STALE_AFTER = datetime.timedelta(hours=1)
+
+# Random proposals before TPE has enough to model.
+_STARTUP_TRIALS = 10
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished trial.
+
+    Attributes:
+        number: its number in the study.
+        config: what was tried.
+        outcome: what became of it.
+        free: infeasible or a repetition, so that it cost nothing.
+    """
+
+    number: int
+    config: KernelConfig
+    outcome: Outcome
+    free: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a search ended.
+
+    Attributes:
+        config: the winner; the heuristic default if nothing beats it.
+        outcome: its error, and its time in the last comparison.
+        default_ms: the default's time in that comparison; None if the default fails.
+        trials: configurations that had been evaluated by then.
+        date: when, ISO 8601 in UTC.
+    """
+
+    config: KernelConfig
+    outcome: Outcome
+    default_ms: float | None
+    trials: int
+    date: str
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A configuration to try, and the running trial that its outcome belongs to."""
+
+    trial: optuna.Trial
+    config: KernelConfig
+
+
+class TuningStudy:
+    """One study in a storage.
+
+    Args:
+        storage: where it lives.
+        name: what it is called there; it is created if it does not exist.
+        space: what configurations are made of.
+        seed: of the proposals: the same seed and outcomes give the same sequence.
+    """
+
+    def __init__(self, storage: optuna.storages.BaseStorage, name: str, space: SearchSpace, seed: int):
+        self.name = name
+        self._space = space
+        self._seed = seed
+        self._study = optuna.create_study(
+            storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_sampler(seed)
+        )
+
+    @property
+    def is_new(self) -> bool:
+        return not self._study.get_trials(deepcopy=False)
+
+    def records(self) -> list[Record]:
+        """Finished trials in order; those that were interrupted are left out."""
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        return [
+            Record(t.number, _config(t), Outcome.from_dict(t.user_attrs[_OUTCOME]), t.user_attrs[_FREE])
+            for t in self._study.get_trials(deepcopy=False, states=states)
+        ]
+
+    def enqueue(self, configs: Sequence[KernelConfig]) -> None:
+        """Propose these next, as far as they lie in the space."""
+        for config in configs:
+            if self._space.contains(config):
+                self._study.enqueue_trial(self._space.parameters(config))
+
+    def ask(self) -> Proposal:
+        # A sampler for each trial, seeded by its number, makes a resumed search go on as if never interrupted.
+        number = len(self._study.get_trials(deepcopy=False))
+        self._study.sampler = _sampler(self._seed * 1_000_003 + number)
+        trial = self._study.ask()
+        trial.set_user_attr(_OWNER, [socket.gethostname(), os.getpid()])
+        return Proposal(trial, self._space.suggest(trial))
+
+    def tell(self, proposal: Proposal, outcome: Outcome, *, free: bool = False) -> Record:
+        """Finish a proposal. A failure is pruned rather than failed, since TPE learns from pruned trials alone."""
+        trial = proposal.trial
+        trial.set_user_attr(_CONFIG, proposal.config.as_dict())
+        trial.set_user_attr(_OUTCOME, outcome.as_dict())
+        trial.set_user_attr(_FREE, free)
+        if outcome.ok:
+            self._study.tell(trial, outcome.median_ms)
+        else:
+            self._study.tell(trial, state=TrialState.PRUNED)
+        return Record(trial.number, proposal.config, outcome, free)
+
+    def abandon(self, proposal: Proposal) -> None:
+        """Fail a proposal that was not evaluated: it counts for nothing."""
+        self._study.tell(proposal.trial, state=TrialState.FAIL, skip_if_finished=True)
+
+    def fail_stale(self) -> int:
+        """Fail what a killed run left running, but nothing of a process that shares the study; returns how many."""
+        running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        stale = [trial for trial in running if _is_stale(trial)]
+        for trial in stale:
+            self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        return len(stale)
+
+    def decide(self, decision: Decision) -> None:
+        """Keep the end of the search, so that resuming it ends the same way."""
+        self._study.set_user_attr(
+            _DECISION,
+            {
+                "config": decision.config.as_dict(),
+                "outcome": decision.outcome.as_dict(),
+                "default_ms": decision.default_ms,
+                "trials": decision.trials,
+                "date": decision.date,
+            },
+        )
+
+    def decision(self) -> Decision | None:
+        """The end of the search if it has been reached."""
+        kept = self._study.user_attrs.get(_DECISION)
+        if kept is None:
+            return None
+        config, outcome = KernelConfig.from_dict(kept["config"]), Outcome.from_dict(kept["outcome"])
+        return Decision(config, outcome, kept["default_ms"], kept["trials"], kept["date"])
+
+
+def retimed(outcome: Outcome, timing: Timing) -> Outcome:
+    """An outcome with the time of the last comparison."""
+    return Outcome.from_dict(outcome.as_dict() | {"median_ms": timing.median_ms, "spread": timing.spread})
+
+
+def study_name(storage: optuna.storages.BaseStorage, base: str, resume: bool) -> str:
+    """The last run of ``base`` to resume, or a new one: no study is ever overwritten."""
+    names = set(optuna.get_all_study_names(storage))
+    run = 1
+    while f"{base}/run{run}" in names:
+        run += 1
+    return f"{base}/run{run - 1 if resume and run > 1 else run}"
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Silence Optuna's lines for each trial and its notes on experimental arguments."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+        # Optuna 5 announces the end of constraints_func in Optuna 7; its successor does not exist in Optuna 4.
+        warnings.filterwarnings("ignore", message=".*constraints_func", category=FutureWarning)
+        try:
+            yield
+        finally:
+            optuna.logging.set_verbosity(verbosity)
+
+
+def _sampler(seed: int) -> optuna.samplers.TPESampler:
+    return optuna.samplers.TPESampler(
+        seed=seed % 2**32,
+        n_startup_trials=_STARTUP_TRIALS,
+        multivariate=True,
+        group=True,  # the knobs of one backend are modelled together, those of different backends apart
+        constant_liar=True,  # proposals are made while earlier ones still compile
+        constraints_func=_constraints,
+    )
+
+
+def _constraints(trial: optuna.trial.FrozenTrial) -> tuple[float, ...]:
+    return (Outcome.from_dict(trial.user_attrs[_OUTCOME]).violation,)
+
+
+def _config(trial: optuna.trial.FrozenTrial) -> KernelConfig:
+    return KernelConfig.from_dict(trial.user_attrs[_CONFIG])
+
+
+def _is_stale(trial: optuna.trial.FrozenTrial) -> bool:
+    host, process = trial.user_attrs.get(_OWNER, (None, None))
+    if host == socket.gethostname():
+        return process == os.getpid() or not _is_alive(process)
+    return host is None or datetime.datetime.now() - trial.datetime_start > _STALE_AFTER
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,101 @@
+"""Winners into the tuning database, and the neighbours' winners out of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Sequence
+
+from lla_compile.devices import DeviceInfo
+from lla_compile.key import Bucket, bucket_of_spec, key_of
+from lla_compile.plan import KernelConfig
+from lla_compile.tuner.problem import Problem
+from lla_compile.tuner.search import failures
+from lla_compile.tuner.space import SearchSpace
+from lla_compile.tuner.study import Decision, Record
+from lla_compile.tuner.toolchain import toolchain
+from lla_compile.tuning_db import DatabaseError, Entry, device_file, overlay_dir, record, store
+
+
+def make_entry(
+    problem: Problem, space: SearchSpace, decision: Decision, records: Sequence[Record], seed: int
+) -> Entry:
+    """The database entry of a decided search."""
+    bucket, outcome = bucket_of_spec(problem.spec), decision.outcome
+    backend = space.backends[decision.config.backend]
+    result = {
+        "median_ms": round(outcome.median_ms, 6),
+        "spread": round(outcome.spread, 4),
+        "error": float(f"{outcome.error:.4g}"),
+        "error_limit": outcome.error_limit,
+    }
+    if decision.default_ms is not None:
+        result["default_ms"] = round(decision.default_ms, 6)
+    return Entry(
+        key=key_of(problem.spec),
+        valid=validity(bucket),
+        tuned=bucket,
+        config=decision.config,
+        provenance="measured",
+        result=result,
+        search={
+            "trials": decision.trials,
+            "failed": failures(records),
+            "seed": seed,
+            "date": decision.date,
+            "kernel_hash": backend.source_hash(problem.spec, decision.config),
+        },
+        toolchain=toolchain(problem.torch_device.type),
+    )
+
+
+def validity(bucket: Bucket) -> dict[str, tuple[int, int]]:
+    """Where a plan may stand in: its own bucket of lengths, and batches that fill the device about as well."""
+    return {
+        "seqlen": bucket.seqlen_range(),
+        "batch_heads": (max(1, bucket.batch_heads // 4), bucket.batch_heads * 16),
+    }
+
+
+def out_file(out: Path | None, device_id: str) -> Path:
+    """The database file that ``--out`` means: a YAML file, or a directory; None is the user overlay."""
+    if out is None:
+        return device_file(overlay_dir(), device_id)
+    return out if out.suffix in (".yaml", ".yml") else device_file(out, device_id)
+
+
+def require_writable(path: Path, device: DeviceInfo) -> None:
+    """Refuse a file that a winner could not be written to, before time is spent on finding one.
+
+    Raises:
+        DatabaseError: it is in a read-only place, not a database file, or for another device.
+    """
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(existing, os.W_OK) or not os.access(existing.parent if existing == path else existing, os.W_OK):
+        raise DatabaseError(f"cannot write {path}: {existing} is read-only; choose another place with --out")
+    if path.exists() and (there := store.read(path).device.id) != device.id:
+        raise DatabaseError(f"{path} is for {there}, not for {device.id}; choose another file with --out")
+
+
+def write(problem: Problem, entry: Entry, path: Path) -> None:
+    """Add an entry to a database file.
+
+    Raises:
+        DatabaseError: it cannot be written; the message says what to do.
+    """
+    record(problem.device, [entry], path=path)
+
+
+def neighbours(problem: Problem, limit: int = 3) -> list[KernelConfig]:
+    """Winners of the same device for keys that differ least: worth trying early."""
+    key, bucket = key_of(problem.spec), bucket_of_spec(problem.spec)
+
+    def distance(entry: Entry) -> tuple:
+        differing = sum(entry.key.as_dict()[name] != value for name, value in key.as_dict().items())
+        return differing, entry.tuned.distance(bucket)
+
+    entries: list[Entry] = []
+    for directory in (overlay_dir(), store.shipped_dir()):
+        if document := store.load(device_file(directory, problem.device.id)):
+            entries += [e for e in document.entries if (e.key.op, e.key.phase) == (key.op, key.phase)]
+    return list(dict.fromkeys(entry.config for entry in sorted(entries, key=distance)))[:limit]
