@@ -10,11 +10,11 @@ from typing import Callable, Iterator
 
 from lla_compile.devices import DeviceInfo
 from lla_compile.key import Bucket, TuningKey
-from lla_compile.plan import Source
+from lla_compile.plan import KernelConfig, Source
 from lla_compile.tuning_db import store
 from lla_compile.tuning_db.entry import Entry
 
-Reject = Callable[[Entry], "str | None"]
+Reject = Callable[[KernelConfig, Entry], "str | None"]
 
 _REFUSALS_SHOWN = 3
 
@@ -65,7 +65,7 @@ def lookup(
         for path, entry in level(query):
             if id(entry) in refusals:
                 continue
-            if refusal := reject(entry):
+            if refusal := reject(entry.config, entry):
                 refusals[id(entry)] = f"{entry.describe()} in {path.name}: {refusal}"
                 continue
             reason = _why(source, entry, path, query) + _toolchain_note(entry, path) + _refused(refusals)
