@@ -1,0 +1,26 @@
+"""The console script ``lla-compile``: ``tune`` and ``db``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 problems found, 2 wrong usage or input."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["tune"]:
+        # Imported only here: the tuner needs optuna, which no other command does.
+        from lla_compile.tune import main as tune
+
+        return tune(argv[1:]) or 0
+
+    from lla_compile import db_cli
+
+    parser = argparse.ArgumentParser(prog="lla-compile", description="Tune Local Linear Attention; manage the results.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{tune,db}")
+    commands.add_parser("tune", help="search the best plans for this machine (see `lla-compile tune --help`)")
+    db_cli.add_arguments(commands.add_parser("db", help="list, show, verify and merge tuned plans"))
+    options = parser.parse_args(argv)
+    return options.run(options)
