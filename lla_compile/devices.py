@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Collection
 
 if TYPE_CHECKING:
     import torch
@@ -146,22 +146,23 @@ def identify_properties(
     )
 
 
-def resolve(name_or_alias: str) -> DeviceInfo:
+def resolve(name_or_alias: str, present: Collection[DeviceInfo] = ()) -> DeviceInfo:
     """The listed device that a user means by an id ("nvidia-h100-sxm"), an alias ("h100") or a driver's name.
 
-    Case, spaces and underscores do not matter. An alias of several products means the first of them.
+    Case, spaces and underscores do not matter. An alias of several products ("a100") means the one that is in
+    ``present``, the devices of a machine, else the first listed.
 
     Raises:
         ValueError: nothing is called that; the message names the nearest known ids and aliases.
     """
     products, _ = _catalogue()
     wanted = re.sub(r"[\s_]+", "-", name_or_alias.strip().lower())
-    known = {}
+    known: dict[str, list[DeviceInfo]] = {}
     for product in products:
         for name in (product.info.id, *product.aliases):
-            known.setdefault(name, product.info)
+            known.setdefault(name, []).append(product.info)
     if wanted in known:
-        return known[wanted]
+        return next((info for info in known[wanted] if info in present), known[wanted][0])
     for product in products:
         if any(pattern.fullmatch(name_or_alias.strip()) for pattern in product.driver_names):
             return product.info

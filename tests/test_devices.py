@@ -94,11 +94,10 @@ def test_limits_by_compute_capability(capability, per_block, per_sm):
 def test_catalogue_is_consistent():
     products, _ = devices._catalogue()
     ids = [product.info.id for product in products]
-    aliases = [alias for product in products for alias in product.aliases]
     assert len(set(ids)) == len(ids)
-    assert len(set(aliases)) == len(aliases) and not set(aliases) & set(ids)
     for product in products:
-        assert all(resolve(name) is product.info for name in (product.info.id, *product.aliases))
+        assert not set(product.aliases) & set(ids)
+        assert all(resolve(name, [product.info]) is product.info for name in (product.info.id, *product.aliases))
         if not product.info.is_cpu:
             assert product.info.tensor_tflops > 0 and product.info.bandwidth_gbs > 0 and product.info.l2_bytes > 0
 
@@ -106,6 +105,14 @@ def test_catalogue_is_consistent():
 @pytest.mark.parametrize("name", ["h100", "H100", " h100 ", "H100_SXM", "nvidia-h100-sxm", "NVIDIA H100 80GB HBM3"])
 def test_resolve_is_lenient_about_spelling(name):
     assert resolve(name).id == "nvidia-h100-sxm"
+
+
+@pytest.mark.parametrize("alias, first, other", [("a100", "40gb", "80gb"), ("h100", "sxm", "pcie")])
+def test_an_alias_of_several_products_means_the_one_that_is_there(alias, first, other):
+    there = resolve(f"{alias}-{other}")
+    assert resolve(alias).id == f"nvidia-{alias}-{first}"
+    assert resolve(alias, [resolve("cpu"), there]) is there
+    assert resolve(f"{alias}-{first}", [there]).id == f"nvidia-{alias}-{first}"
 
 
 def test_a_typo_names_the_nearest():
