@@ -113,11 +113,15 @@ class Plan:
 
     def __str__(self) -> str:
         spec, config, device = self.spec, self.config, self.device
-        knobs = [f"{name} {getattr(config, name)}" for name in ("block_q", "block_k", "num_warps", "num_stages")
-                 if getattr(config, name) is not None]
-        sweeps = [f"{s.sweep.name} {s.sweep.products} (each CG iteration)" if isinstance(s, Loop)
-                  else f"{s.name} {s.products}" for s in lower(spec.op, spec.phase).stages]
+        values = {name: getattr(config, name) for name in ("block_q", "block_k", "num_warps", "num_stages")}
+        knobs = [f"{name} {value}" for name, value in values.items() if value is not None]
+        stages = [
+            (stage.sweep, " (each CG iteration)") if isinstance(stage, Loop) else (stage, "")
+            for stage in lower(spec.op, spec.phase).stages
+        ]
+        sweeps = ", ".join(f"{sweep.name} {sweep.products}{when}" for sweep, when in stages)
         outside, iteration = self.flops
+        work = f"{_flop(outside)} + {_flop(iteration)} a CG iteration"
         source = self.source.value + (f", {self.distance:.1f} octaves away" if self.distance else "")
         lines = [
             ("spec", spec.describe()),
@@ -127,17 +131,15 @@ class Plan:
             ("CG", f"until ||r|| <= {spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations"),
             ("source", source),
             ("reason", self.reason),
-            ("sweeps", f"{', '.join(sweeps)}: tile products per visible pair"),
-            ("work", f"{_count(spec.visible_pairs)} visible pairs, {_flop(outside)} + {_flop(iteration)} a CG iteration"),
+            ("sweeps", f"{sweeps}: tile products per visible pair"),
+            ("work", f"{_count(spec.visible_pairs)} visible pairs, {work}"),
         ]
         if device.tensor_tflops:
             peak = device.tensor_tflops * 1e12
-            lines.append((
-                "floor",
-                f"{_seconds(outside / peak)} + {_seconds(iteration / peak)} a CG iteration, "
-                f"{_seconds((outside + self.cg_max_iters * iteration) / peak)} at the cap "
-                f"({device.tensor_tflops:g} TFLOP/s bf16 peak)",
-            ))
+            total = outside + self.cg_max_iters * iteration
+            floor = f"{_seconds(outside / peak)} + {_seconds(iteration / peak)} a CG iteration"
+            peak_text = f"{device.tensor_tflops:g} TFLOP/s bf16 peak"
+            lines.append(("floor", f"{floor}, {_seconds(total / peak)} at the cap ({peak_text})"))
         lines += [("note", note) for note in self.notes]
         return "\n".join(f"{label:<8} {text}" for label, text in lines)
 

@@ -1,4 +1,8 @@
 import doctest
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -130,6 +134,7 @@ def test_gradients_on_the_eager_backend():
 
 
 Q = torch.randn(2, 4, 6, 8)
+ONE_NEGATIVE = torch.tensor([-1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 K = torch.randn(2, 2, 6, 8)
 
 
@@ -158,7 +163,7 @@ K = torch.randn(2, 2, 6, 8)
         (ValueError, "ridge must be positive and finite, got -1.0", dict(ridge=-1.0)),
         (ValueError, "ridge must be positive and finite, got nan", dict(ridge=float("nan"))),
         (ValueError, "ridge must be positive and finite, got inf", dict(ridge=float("inf"))),
-        (ValueError, "ridge must be positive and finite, got a tensor .* -1 to 1", dict(ridge=torch.tensor([-1.0] + [1.0] * 5))),
+        (ValueError, "ridge must be positive and finite, got a tensor .* -1 to 1", dict(ridge=ONE_NEGATIVE)),
         (ValueError, "ridge must be positive and finite", dict(ridge=torch.tensor(float("nan")))),
         (TypeError, "ridge must be a number or a tensor, got str", dict(ridge="1")),
         (TypeError, "ridge must be a number or a floating-point tensor, got dtype int64", dict(ridge=torch.tensor(1))),
@@ -222,3 +227,24 @@ def test_examples_in_docstrings():
 def test_public_names():
     assert set(lla_compile.__all__) == {"LLASpec", "Plan", "SolveInfo", "clear_cache", "lla_attention", "plan"}
     assert lla_compile.plan is plan and lla_compile.__version__
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match="triton: .*TRITON_INTERPRET=1"):
+        lla_attention(Q, K, K, backend="triton")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_through_the_interpreter():
+    script = """
+import torch
+from lla_compile import lla_attention, plan
+q, k, v = torch.randn(3, 1, 2, 20, 16).unbind()
+assert plan(q, k, v).config.backend == "eager"
+torch.testing.assert_close(lla_attention(q, k, v, backend="triton"), lla_attention(q, k, v), atol=1e-4, rtol=1e-4)
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment.pop("LLA_COMPILE_BACKENDS", None)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

@@ -10,7 +10,9 @@ from lla_compile.key import Bucket
 from lla_compile.plan import Source
 from lla_compile.planner import TuningMiss, forget_reports, make_plan, report_miss, tune_command
 
-GPU = replace(CPU, id="nvidia-h200", name="NVIDIA H200", vendor="nvidia", compute_capability="9.0", tensor_tflops=1000.0)
+GPU = replace(
+    CPU, id="nvidia-h200", name="NVIDIA H200", vendor="nvidia", compute_capability="9.0", tensor_tflops=1000.0
+)
 SPEC = LLASpec("bfloat16", 128, 128, batch=4, num_heads=8, num_kv_heads=8, seqlen_q=4000, seqlen_k=4000)
 NOTHING = lookup_in()
 
