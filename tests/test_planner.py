@@ -121,6 +121,17 @@ def test_tune_command_names_what_differs_from_the_usual():
     assert "--head-dim-v 64" in command and "--no-causal" in command
 
 
+def test_tune_command_is_one_that_the_tuner_takes():
+    from lla_compile.tune import _parser
+
+    words = tune_command(replace(SPEC, head_dim_v=64, is_causal=False, precision="fast"), GPU).split()
+    assert words[:3] == ["python", "-m", "lla_compile.tune"]
+    args = _parser().parse_args(words[3:])
+    assert (args.gpu, args.phase, args.dtype, args.precision) == ("nvidia-h200", ["forward"], ["bfloat16"], ["fast"])
+    assert (args.head_dim, args.head_dim_v, args.seqlen, args.batch_heads) == ([128], [64], [4096], [32])
+    assert args.causal is False
+
+
 def test_a_miss_is_reported_once_and_louder_with_distance(caplog):
     caplog.set_level(logging.INFO, "lla_compile")
     forget_reports()
