@@ -120,7 +120,9 @@ def _tune_or_note(problem: Problem, settings: Settings, report: ProgressReport) 
             synchronize(problem.torch_device)
         except RuntimeError:
             raise DeviceLost(one_line(error)) from error
-        report.end(KeyResult(problem.spec, note=one_line(error)))
+        # A ValueError or NotImplementedError is addressed to the user, anything else names its type.
+        worded = isinstance(error, (ValueError, NotImplementedError))
+        report.end(KeyResult(problem.spec, note=" ".join(str(error).split()) if worded else one_line(error)))
         return False
 
 

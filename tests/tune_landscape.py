@@ -37,9 +37,14 @@ BEST = KernelConfig("eager", "split", 64, 128, 32)
 
 
 class Landscape:
-    """A backend. ``failures`` maps a configuration to the exception that launching it raises."""
+    """A backend that gives the reference's output, off by 1 % where it is not ``correct``.
 
-    def __init__(self, name="eager", time=milliseconds, correct=accurate, failures=None, limit=1 << 30, extra_knobs=None):
+    ``failures`` maps a configuration to the exception that launching it raises.
+    """
+
+    def __init__(
+        self, name="eager", time=milliseconds, correct=accurate, failures=None, limit=1 << 30, extra_knobs=None
+    ):
         self.name = name
         self.launches, self.checks = Counter(), Counter()
         self.now = 0.0
@@ -72,11 +77,9 @@ class Landscape:
         def executable(q, k, v, ridge, scale, return_info):
             if config in self._failures:
                 raise self._failures[config]
-            if q.shape[2] == SPEC.seqlen_q:
-                self.launches[config] += 1
-                self.now += self._time(config)
-                return torch.zeros_like(v), None, None
-            self.checks[config] += 1
+            self.launches[config] += 1
+            self.checks[config] += q.shape[2] % 2  # only the ragged held-out inputs have an odd length
+            self.now += self._time(config)
             out = lla_reference(q, k, v, ridge, scale=scale, is_causal=plan.spec.is_causal)
             return (out if self._correct(config) else out * 1.01).to(q.dtype), None, None
 

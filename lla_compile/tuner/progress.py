@@ -97,6 +97,9 @@ def print_results(console: Console, results: Sequence[KeyResult], path: Path) ->
     for result in results:
         table.add_row(*map(_plain, _row(result)))
     console.print(table)
+    for result in results:
+        if result.note:
+            console.print(f"{describe(result.spec)}: {result.note}", markup=False, soft_wrap=True)
     if written := sum(not result.note for result in results):
         console.print(f"{written} of {len(results)} written to {path}", markup=False, soft_wrap=True)
 
@@ -120,8 +123,6 @@ def _row(result: KeyResult) -> tuple[str, ...]:
     failed = ", ".join(f"{count} {kind}" for kind, count in result.failed.items() if count) or "none"
     trials = str(result.trials)
     plan = short(result.config) if result.config else "-"
-    if result.note:
-        plan = f"{plan} ({result.note})" if result.config else result.note
     if result.decision is None:
         return describe(result.spec), plan, "-", "-", "-", trials, failed
     outcome, default_ms = result.decision.outcome, result.decision.default_ms

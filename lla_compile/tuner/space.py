@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
 
 from lla_compile import backends
@@ -74,10 +74,11 @@ class SearchSpace:
 
     def digest(self, toolchain: Mapping) -> str:
         """Hash of all that makes earlier trials comparable: kernel sources, knobs and toolchain."""
-        sources = {
-            name: backend.source_hash(self.spec, backend.default_config(self.spec, self.device))
-            for name, backend in self.backends.items()
-        }
+        sources = {}
+        for name, backend in self.backends.items():
+            default = backend.default_config(self.spec, self.device)
+            for schedule in self.knobs[name].get("schedule", (default.schedule,)):
+                sources[f"{name} {schedule}"] = backend.source_hash(self.spec, replace(default, schedule=schedule))
         knobs = {name: dict(knobs) for name, knobs in self.knobs.items()}
         text = json.dumps([sources, knobs, dict(toolchain)], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:12]

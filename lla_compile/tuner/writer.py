@@ -70,9 +70,10 @@ def require_writable(path: Path, device: DeviceInfo) -> None:
     Raises:
         DatabaseError: it is in a read-only place, not a database file, or for another device.
     """
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(existing, os.W_OK) or not os.access(existing.parent if existing == path else existing, os.W_OK):
-        raise DatabaseError(f"cannot write {path}: {existing} is read-only; choose another place with --out")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        reason = "is read-only" if folder.is_dir() else "is not a directory"
+        raise DatabaseError(f"cannot write {path}: {folder} {reason}; choose another place with --out")
     if path.exists() and (there := store.read(path).device.id) != device.id:
         raise DatabaseError(f"{path} is for {there}, not for {device.id}; choose another file with --out")
 

@@ -1,0 +1,90 @@
+"""What a trial is measured with: inputs, held-out errors, times, database entries."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tune_landscape import SPEC, problem
+
+from lla_compile.key import Bucket, bucket_of_spec
+from lla_compile.precision import error_limit
+from lla_compile.tuner.presets import PRESETS
+from lla_compile.tuner.problem import held_out, normal_inputs
+from lla_compile.tuner.timing import CpuTimer, Timing, interleaved
+from lla_compile.tuner.writer import out_file, validity
+
+LONG = replace(SPEC, dtype="bfloat16", num_heads=8, num_kv_heads=8, seqlen_q=4096, seqlen_k=4096, head_dim_v=16)
+
+
+def test_inputs_are_the_same_in_every_run_and_held_out_ones_differ():
+    cpu = torch.device("cpu")
+    first, again, other = (normal_inputs(SPEC, cpu, purpose) for purpose in ("timed", "timed", "held out"))
+    assert all(torch.equal(x, y) for x, y in zip(first, again))
+    assert not torch.equal(first[0], other[0])
+    assert abs(first[0].std().item() - 1) < 0.2
+
+
+def test_held_out_inputs_are_small_and_ragged_but_of_the_keys_own_kind():
+    cases = held_out(problem(LONG), seqlen=1024, heads=4, ridges=(1.0, 0.1))
+    assert [case.spec.seqlen_q for case in cases] == [1024, 999]
+    for case in cases:
+        kept = ("dtype", "head_dim", "head_dim_v", "precision", "is_causal", "cg_tol")
+        assert all(getattr(case.spec, name) == getattr(LONG, name) for name in kept)
+        assert case.spec.batch_heads == 4 and case.spec.seqlen_k == case.spec.seqlen_q
+        assert [x.dtype for x in case.inputs] == [torch.bfloat16] * 3
+        assert case.limit(0.1) == error_limit("bfloat16", "accurate", 0.1)
+    assert [c.spec.seqlen_q for c in held_out(problem(SPEC), 1024, 4, (1.0,))] == [48, 23]
+
+
+def test_the_error_is_relative_to_the_reference_and_nan_stays_nan():
+    case = held_out(problem(), seqlen=40, heads=1, ridges=(1.0, 0.1))[0]
+    for ridge, reference in case.references.items():
+        assert case.error(reference, ridge) == 0
+        assert case.error(1.01 * reference, ridge) == pytest.approx(0.01)
+        assert torch.isnan(torch.tensor(case.error(reference * float("nan"), ridge)))
+    assert not torch.equal(case.references[1.0], case.references[0.1])
+
+
+def test_timing_is_the_median_and_the_relative_interquartile_range():
+    timing = Timing.of([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert timing == Timing(3.0, pytest.approx(2 / 3))
+
+
+def test_launches_are_timed_in_turns_within_the_budget():
+    order = []
+
+    class Clock:
+        def once(self, launch):
+            return launch()
+
+    launches = [lambda: order.append("a") or 2.0, lambda: order.append("b") or 8.0]
+    timings = interleaved(Clock(), launches, budget_ms=50.0, repeats=(3, 100))
+    assert [t.median_ms for t in timings] == [2.0, 8.0]
+    assert order == ["a", "b"] * (1 + 10)
+    order.clear()
+    interleaved(Clock(), launches, budget_ms=1.0, repeats=(3, 100))
+    assert order == ["a", "b"] * (1 + 3)
+    assert CpuTimer().once(lambda: None) >= 0
+
+
+def test_validity_is_the_bucket_and_similar_batches():
+    bucket = bucket_of_spec(LONG)
+    assert bucket == Bucket(4096, 8)
+    assert validity(bucket) == {"seqlen": (3072, 6143), "batch_heads": (2, 128)}
+    assert validity(Bucket(1024, 2))["batch_heads"] == (1, 32)
+
+
+def test_out_is_a_file_or_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLA_COMPILE_TUNING_DB", str(tmp_path))
+    assert out_file(None, "cpu") == tmp_path / "cpu.yaml"
+    assert out_file(tmp_path / "db", "cpu") == tmp_path / "db" / "cpu.yaml"
+    assert out_file(tmp_path / "mine.yaml", "cpu") == tmp_path / "mine.yaml"
+
+
+def test_quick_is_smaller_than_full():
+    for kind in ("gpu", "cpu"):
+        quick, full = PRESETS["quick", kind], PRESETS["full", kind]
+        assert quick.trials < full.trials and quick.timeout_s < full.timeout_s
+        assert len(quick.seqlens) <= len(full.seqlens) and 1.0 in quick.error_ridges and 0.1 in quick.error_ridges
+    shipped = PRESETS["full", "gpu"]
+    assert (shipped.head_dims, shipped.seqlens) == ((64, 128), (1024, 4096, 16384))
