@@ -107,7 +107,8 @@ class EagerExecutable:
                 s = s.masked_fill(~self._visible(tile, start, stop, s.device), -torch.inf)
             if sweep.softmax == "online":
                 row_max, anchor, decay = _next_max(row_max, s)
-                p = (s - anchor).exp2()
+                # Rounded before both sums, so that key_sum / row_sum stays a mean: keys that share an offset need it.
+                p = precision.round_operand((s - anchor).exp2(), spec.dtype, self.terms)
                 row_sum = row_sum * decay + p.sum(-1, keepdim=True)
                 sums = {name: x * decay for name, x in sums.items()}
             else:
