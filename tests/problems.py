@@ -8,25 +8,12 @@ import torch
 from torch import Tensor
 
 from lla_compile import backends
-from lla_compile.devices import DeviceInfo
+from lla_compile.devices import resolve
 from lla_compile.plan import KernelConfig, Plan, Source
 from lla_compile.reference import lla_reference
 from lla_compile.spec import LLASpec
 
-CPU = DeviceInfo(
-    id="cpu",
-    name="CPU",
-    vendor="cpu",
-    compute_capability="",
-    sms=0,
-    memory_gib=0.0,
-    shared_memory_per_block=0,
-    shared_memory_per_sm=0,
-    registers_per_sm=0,
-    l2_bytes=0,
-    bandwidth_gbs=0.0,
-    tensor_tflops=0.0,
-)
+CPU = resolve("cpu")
 
 
 @dataclass
