@@ -18,6 +18,7 @@ import torch
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo, identify, resolve
 from lla_compile.spec import DTYPES, PHASES, PRECISIONS
+from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.evaluate import synchronize
 from lla_compile.tuner.grid import Grid
 from lla_compile.tuner.outcome import DeviceLost, one_line
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with quiet_optuna():
             storage = open_storage(args.storage)
             settings = Settings(preset, args.seed, args.resume, storage, path, tuple(args.backend or ()))
-            return _tune([Problem(spec, info, device) for spec in specs], settings)
+            problems = [Problem(spec, info, device) for spec in specs]
+            if info.is_cpu:  # nothing that runs here has a compiler
+                return _tune(problems, settings)
+            with CompilePool(info, worker_count(), preset.compile_timeout_s) as pool:
+                return _tune(problems, replace(settings, pool=pool))
     except (ValueError, DatabaseError) as error:
         print(f"lla_compile.tune: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE

@@ -13,7 +13,7 @@ import torch
 from tune_landscape import Landscape, LandscapeTimer
 
 from lla_compile import backends, tune
-from lla_compile.devices import identify
+from lla_compile.devices import identify, resolve
 from lla_compile.key import bucket_of_spec, key_of
 from lla_compile.plan import Source
 from lla_compile.spec import LLASpec
@@ -131,6 +131,16 @@ def test_a_gpu_that_is_not_here_is_refused_with_what_is(tmp_path, capsys, monkey
     message = refusal(capsys, "--gpu", "a100")
     assert "a100" in message and "this machine, which has cpu" in message
     assert not (tmp_path / "overlay").exists() and not (tmp_path / "state").exists()
+
+
+def test_a_gpu_that_is_here_is_found_by_any_of_its_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(tune, "identify", lambda device: resolve("h200" if device.type == "cuda" else "cpu"))
+    for name in ("auto", "h200", "nvidia-h200"):
+        assert tune.find_device(name) == (resolve("h200"), torch.device("cuda", 0))
+    assert tune.find_device("cpu") == (resolve("cpu"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="which has nvidia-h200, cpu"):
+        tune.find_device("l4")
 
 
 def test_an_unknown_gpu_is_refused_with_the_nearest_names(capsys):

@@ -25,10 +25,14 @@ def compile_by_block(specs, config, device):
 
 def test_a_pool_turns_every_ending_into_an_outcome():
     configs = [replace(BEST, block_q=q) for q in (3, 1, 2, 4, 5, 6, 7)]
-    with CompilePool([SPEC], problem().device, workers=2, timeout_s=0.5, compile_=compile_by_block) as pool:
+    with CompilePool(problem().device, workers=2, timeout_s=0.5, compile_=compile_by_block) as pool:
+        compiler = pool.compiler([SPEC])
         for config in configs:
-            pool.submit(config)
-        found = {config.block_q: pool.result(config) for config in configs}
+            compiler.submit(config)
+        found = {config.block_q: compiler.result(config) for config in configs}
+        later = pool.compiler([SPEC, SPEC])  # the same workers serve the next problem
+        later.submit(configs[2])
+        assert "2 specs" in later.result(configs[2]).message
         processes = [worker.process for worker in pool._workers]
     assert found[1] is found[6] is found[7] is None
     assert (found[2].kind, found[2].message) == (Kind.COMPILE, "CompileError: cannot compile 1 specs for cpu")

@@ -255,6 +255,28 @@ def test_a_lost_device_ends_the_search_and_the_culprit_is_not_tried_again(storag
     assert landscape.checks[losing.tried[2]] == 0
 
 
+def test_compilation_runs_ahead_and_its_failures_are_outcomes(storage):
+    class Compiler:
+        submitted, waited = [], []
+
+        def submit(self, config):
+            self.submitted.append(config)
+
+        def result(self, config):
+            self.waited.append((config, len(self.submitted)))
+            return Outcome(Kind.TIMEOUT, "compiling took over 1 s") if config.block_q == 256 else None
+
+    landscape, compiler = Landscape(), Compiler()
+    search = make_search(storage, landscape, trials=30, compiler=compiler, lookahead=4)
+    search.run()
+    assert compiler.submitted == [config for config, _ in compiler.waited]
+    ahead = [submitted - place for place, (_, submitted) in enumerate(compiler.waited)]
+    assert ahead == [4] * 27 + [3, 2, 1]
+    stuck = [r for r in search.records if r.config.block_q == 256]
+    assert stuck and {r.outcome.kind for r in stuck} == {Kind.TIMEOUT}
+    assert not any(landscape.launches[r.config] for r in stuck)
+
+
 def test_several_backends_are_searched_jointly(storage):
     slow = Landscape("slow", time=lambda config: 10 * milliseconds(config))
     fast = Landscape("fast", extra_knobs={"num_warps": (4, 8), "num_stages": (1, 2)})

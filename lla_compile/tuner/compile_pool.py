@@ -25,6 +25,7 @@ from lla_compile.tuner.outcome import Kind, Outcome, one_line, outcome_of
 _START_TIMEOUT_S = 120.0
 
 Compile = Callable[[Sequence[LLASpec], KernelConfig, DeviceInfo], None]
+Task = tuple[tuple[LLASpec, ...], KernelConfig]
 
 
 def precompile(specs: Sequence[LLASpec], config: KernelConfig, device: DeviceInfo) -> None:
@@ -35,32 +36,23 @@ def precompile(specs: Sequence[LLASpec], config: KernelConfig, device: DeviceInf
 
 
 class CompilePool:
-    """Compiles configurations of one problem in parallel.
+    """Compiles in parallel, for one problem after another; see :meth:`compiler`.
 
     Args:
-        specs: what every configuration is compiled for.
         device: the device compiled for.
         workers: processes; they start with the first task.
         timeout_s: time after which a task is given up and its worker killed.
         compile_: what a worker runs; a function that can be imported by name.
     """
 
-    def __init__(
-        self,
-        specs: Sequence[LLASpec],
-        device: DeviceInfo,
-        workers: int,
-        timeout_s: float,
-        compile_: Compile = precompile,
-    ):
-        self._specs = tuple(specs)
+    def __init__(self, device: DeviceInfo, workers: int, timeout_s: float, compile_: Compile = precompile):
         self._device = device
         self._timeout_s = timeout_s
         self._compile = compile_
         self._idle = workers
         self._workers: list[_Worker] = []
-        self._queue: deque[KernelConfig] = deque()
-        self._results: dict[KernelConfig, Outcome] = {}
+        self._queue: deque[Task] = deque()
+        self._results: dict[Task, Outcome] = {}
 
     def __enter__(self) -> CompilePool:
         return self
@@ -69,34 +61,38 @@ class CompilePool:
         for worker in self._workers:
             worker.kill()
 
-    def submit(self, config: KernelConfig) -> None:
-        """Queue a configuration; compilation starts as soon as a worker is free."""
-        self._queue.append(config)
+    def compiler(self, specs: Sequence[LLASpec]) -> ProblemCompiler:
+        """Compiles configurations for each of ``specs``; what an earlier problem left in the queue is dropped."""
+        self._queue.clear()
+        return ProblemCompiler(self, tuple(specs))
+
+    def submit(self, task: Task) -> None:
+        """Queue a task; it starts as soon as a worker is free."""
+        self._queue.append(task)
         self._advance(0.0)
 
-    def result(self, config: KernelConfig) -> Outcome | None:
-        """Wait for a submitted configuration: None if it compiled, else what became of it."""
-        while config not in self._results:
+    def result(self, task: Task) -> Outcome:
+        """Wait for a submitted task."""
+        while task not in self._results:
             self._advance(0.1)
-        outcome = self._results.pop(config)
-        return None if outcome.ok else outcome
+        return self._results.pop(task)
 
     def _advance(self, seconds: float) -> None:
         """Hand out tasks, collect results for up to ``seconds``, kill workers that are over their time."""
         for worker in self._workers:
-            if worker.config is None and self._queue:
+            if worker.task is None and self._queue:
                 worker.assign(self._queue.popleft())
         while self._queue and self._idle:
             self._idle -= 1
-            worker = _Worker(self._specs, self._device, self._compile)
+            worker = _Worker(self._device, self._compile)
             self._workers.append(worker)
             worker.assign(self._queue.popleft())
         ready = wait([worker.pipe for worker in self._workers], seconds)
         for worker in list(self._workers):
             if worker.pipe in ready:
                 self._collect(worker)
-            elif worker.config is not None and worker.seconds() > self._limit(worker):
-                self._results[worker.config] = Outcome(Kind.TIMEOUT, f"compiling took over {self._limit(worker):g} s")
+            elif worker.task is not None and worker.seconds() > self._limit(worker):
+                self._results[worker.task] = Outcome(Kind.TIMEOUT, f"compiling took over {self._limit(worker):g} s")
                 self._discard(worker)
 
     def _collect(self, worker: _Worker) -> None:
@@ -104,16 +100,16 @@ class CompilePool:
             message = worker.pipe.recv()
         except (EOFError, OSError):
             worker.process.join()
-            if worker.config is not None:
+            if worker.task is not None:
                 reason = f"the compiler's process ended with code {worker.process.exitcode}"
-                self._results[worker.config] = Outcome(Kind.COMPILE, reason)
+                self._results[worker.task] = Outcome(Kind.COMPILE, reason)
             self._discard(worker)
             return
         if message is None:
             worker.started()
         else:
-            self._results[worker.config] = message
-            worker.config = None
+            self._results[worker.task] = message
+            worker.task = None
 
     def _limit(self, worker: _Worker) -> float:
         return self._timeout_s if worker.running else _START_TIMEOUT_S
@@ -124,24 +120,41 @@ class CompilePool:
         self._idle += 1
 
 
+class ProblemCompiler:
+    """A pool's service for one problem: the compiler that a search asks for."""
+
+    def __init__(self, pool: CompilePool, specs: tuple[LLASpec, ...]):
+        self._pool = pool
+        self._specs = specs
+
+    def submit(self, config: KernelConfig) -> None:
+        """Start compiling ahead."""
+        self._pool.submit((self._specs, config))
+
+    def result(self, config: KernelConfig) -> Outcome | None:
+        """Wait for a submitted configuration: None if it compiled, else what became of it."""
+        outcome = self._pool.result((self._specs, config))
+        return None if outcome.ok else outcome
+
+
 class _Worker:
     """A process and the task that it holds. Its clock starts when it reports that it has begun."""
 
-    def __init__(self, specs: tuple[LLASpec, ...], device: DeviceInfo, compile_: Compile):
+    def __init__(self, device: DeviceInfo, compile_: Compile):
         # A forked child would inherit a CUDA context that it cannot use.
         context = multiprocessing.get_context("spawn")
         self.pipe, remote = context.Pipe()
-        self.process = context.Process(target=_work, args=(remote, specs, device, compile_), daemon=True)
+        self.process = context.Process(target=_work, args=(remote, device, compile_), daemon=True)
         self.process.start()
         remote.close()
-        self.config: KernelConfig | None = None
+        self.task: Task | None = None
         self.running = False
         self._since = time.monotonic()
 
-    def assign(self, config: KernelConfig) -> None:
-        self.config, self.running, self._since = config, False, time.monotonic()
+    def assign(self, task: Task) -> None:
+        self.task, self.running, self._since = task, False, time.monotonic()
         with contextlib.suppress(OSError):  # of a worker that has died: its pipe says so when it is read
-            self.pipe.send(config)
+            self.pipe.send(task)
 
     def started(self) -> None:
         self.running, self._since = True, time.monotonic()
@@ -155,12 +168,12 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(pipe: Connection, specs: tuple[LLASpec, ...], device: DeviceInfo, compile_: Compile) -> None:
+def _work(pipe: Connection, device: DeviceInfo, compile_: Compile) -> None:
     # Ctrl-C reaches the whole process group; the parent decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
-            config = pipe.recv()
+            specs, config = pipe.recv()
         except EOFError:
             return
         pipe.send(None)

@@ -41,7 +41,7 @@ class ProgressReport:
         self._trials = 0
         self._finished = 0
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("  trials"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -60,10 +60,9 @@ class ProgressReport:
     def begin(self, spec: LLASpec, trials: int, finished: int) -> None:
         self._trials, self._finished, self._best = trials, finished, None
         title = f"[{len(self.results) + 1}/{self._keys}] {describe(spec)}"
+        self._print(title + (f", resumed after {finished} trials" if finished else ""))
         if self._console.is_terminal:
-            self._task = self._bar.add_task(_plain(title), total=trials, completed=finished, best="")
-        else:
-            self._print(title + (f", resumed after {finished} trials" if finished else ""))
+            self._task = self._bar.add_task("", total=trials, completed=finished, best="")
 
     def trial(self, record: Record) -> None:
         outcome = record.outcome
@@ -92,7 +91,7 @@ def print_results(console: Console, results: Sequence[KeyResult], path: Path) ->
         return
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column, justify in (("key", "left"), ("best plan", "left"), ("time", "right"), ("over default", "right"),
-                            ("error", "left"), ("trials", "right"), ("failed", "left")):  # fmt: skip
+                            ("error / limit", "left"), ("trials", "right"), ("failed", "left")):  # fmt: skip
         table.add_column(column, justify=justify, overflow="fold")
     for result in results:
         table.add_row(*map(_plain, _row(result)))
@@ -127,7 +126,7 @@ def _row(result: KeyResult) -> tuple[str, ...]:
         return describe(result.spec), plan, "-", "-", "-", trials, failed
     outcome, default_ms = result.decision.outcome, result.decision.default_ms
     gain = "default fails" if default_ms is None else f"{default_ms / outcome.median_ms:.2f}x"
-    error = f"{outcome.error:.1e} (limit {outcome.error_limit:.1e})"
+    error = f"{outcome.error:.1e} / {outcome.error_limit:.1e}"
     return describe(result.spec), plan, _time(outcome.median_ms), gain, error, trials, failed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import optuna
 from lla_compile.key import key_of
 from lla_compile.plan import KernelConfig
 from lla_compile.spec import LLASpec
-from lla_compile.tuner.compile_pool import CompilePool, worker_count
+from lla_compile.tuner.compile_pool import CompilePool
 from lla_compile.tuner.evaluate import Evaluator
 from lla_compile.tuner.outcome import DeviceLost
 from lla_compile.tuner.presets import Preset
@@ -36,6 +35,7 @@ class Settings:
         storage: where studies live.
         path: the database file written to.
         backends: names of the backends searched; empty leaves it to the device.
+        pool: compiles ahead of timing; None leaves compilation to the first launch.
     """
 
     preset: Preset
@@ -44,6 +44,7 @@ class Settings:
     storage: optuna.storages.BaseStorage
     path: Path
     backends: tuple[str, ...] = ()
+    pool: CompilePool | None = None
 
 
 @dataclass(frozen=True)
@@ -98,18 +99,16 @@ def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResul
     study = TuningStudy(settings.storage, name, space, settings.seed)
     watcher.begin(problem.spec, preset.trials, evaluated(study.records()))
     evaluator = Evaluator(problem, space.backends, preset)
-    with contextlib.ExitStack() as stack:
-        compiler, lookahead = None, 1
-        if not problem.device.is_cpu:
-            pool = CompilePool(evaluator.specs(), problem.device, worker_count(), preset.compile_timeout_s)
-            compiler, lookahead = stack.enter_context(pool), preset.lookahead
-        budget = Budget(preset.trials, deadline, preset.finalists)
-        search = Search(study, space, evaluator, budget, compiler, lookahead, watcher.trial)
-        try:
-            decision = search.run(neighbours(problem))
-        except (DeviceLost, KeyboardInterrupt) as error:
-            watcher.end(_unfinished(problem.spec, study.records(), error))
-            raise
+    compiler, lookahead = None, 1
+    if settings.pool is not None:
+        compiler, lookahead = settings.pool.compiler(evaluator.specs()), preset.lookahead
+    budget = Budget(preset.trials, deadline, preset.finalists)
+    search = Search(study, space, evaluator, budget, compiler, lookahead, watcher.trial)
+    try:
+        decision = search.run(neighbours(problem))
+    except (DeviceLost, KeyboardInterrupt) as error:
+        watcher.end(_unfinished(problem.spec, study.records(), error))
+        raise
     records = study.records()
     result = KeyResult(
         problem.spec, trials=evaluated(records), failed=failures(records), note="no configuration is correct"
