@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Sequence
 
+import optuna
 import torch
 
 from lla_compile import backends
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _tune(problems, settings)
             with CompilePool(info, worker_count(), preset.compile_timeout_s) as pool:
                 return _tune(problems, replace(settings, pool=pool))
-    except (ValueError, DatabaseError) as error:
+    except (ValueError, DatabaseError, optuna.exceptions.StorageInternalError) as error:
         print(f"lla_compile.tune: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:

@@ -123,8 +123,7 @@ class Search:
         try:
             self._loop()
         finally:
-            for proposal in self._in_flight:
-                self._study.abandon(proposal)
+            self._study.fail_stale()  # whatever this process leaves in flight
         return self._decide()
 
     def _loop(self) -> None:
@@ -143,9 +142,7 @@ class Search:
             self._in_flight.popleft()
 
     def _fill(self) -> None:
-        # Read anew each time: another process may share the study, and with it the budget of trials.
-        self._records = self._study.records()
-        self._known = {record.config: record.outcome for record in self._records}
+        self._refresh()
         while len(self._in_flight) < self._lookahead and self._wanted() and not self._out_of_time():
             if self._free_in_a_row >= _PATIENCE:
                 self._enqueue_untried()
@@ -164,6 +161,11 @@ class Search:
                 self._free_in_a_row = 0
                 self._in_flight.append(proposal)
                 self._compiler.submit(config)
+
+    def _refresh(self) -> None:
+        """Read the records anew: another process may share the study, and with it the budget of trials."""
+        self._records = self._study.records()
+        self._known = {record.config: record.outcome for record in self._records}
 
     def _finish(self, proposal: Proposal, outcome: Outcome, *, free: bool = False) -> None:
         record = self._study.tell(proposal, outcome, free=free)
@@ -187,7 +189,7 @@ class Search:
         return time.monotonic() > self._budget.deadline and bool(self._records)
 
     def _decide(self) -> Decision | None:
-        self._records = self._study.records()
+        self._refresh()
         if (earlier := self._study.decision()) and earlier.trials == evaluated(self._records):
             return earlier
         best = ranked(self._records)[: self._budget.finalists]
