@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from lla_compile.spec import DTYPES, PHASES, PRECISIONS
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.evaluate import synchronize
 from lla_compile.tuner.grid import Grid
+from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost, one_line
 from lla_compile.tuner.presets import PRESETS, Preset
 from lla_compile.tuner.problem import Problem
@@ -49,12 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_writable(path, info)
         with quiet_optuna():
             storage = open_storage(args.storage)
-            settings = Settings(preset, args.seed, args.resume, storage, path, tuple(args.backend or ()))
             problems = [Problem(spec, info, device) for spec in specs]
-            if info.is_cpu:  # nothing that runs here has a compiler
+            named = tuple(args.backend or ())
+            with contextlib.ExitStack() as stack:
+                interruption = stack.enter_context(Interruption())
+                pool = None  # nothing that runs on a CPU has a compiler
+                if not info.is_cpu:
+                    pool = stack.enter_context(CompilePool(info, worker_count(), preset.compile_timeout_s))
+                settings = Settings(preset, args.seed, args.resume, storage, path, interruption, named, pool)
                 return _tune(problems, settings)
-            with CompilePool(info, worker_count(), preset.compile_timeout_s) as pool:
-                return _tune(problems, replace(settings, pool=pool))
     except (ValueError, DatabaseError, optuna.exceptions.StorageInternalError) as error:
         print(f"lla_compile.tune: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
@@ -88,7 +92,6 @@ def find_device(name: str) -> tuple[DeviceInfo, torch.device]:
 
 def _tune(problems: Sequence[Problem], settings: Settings) -> int:
     console = make_console()
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     info, device = problems[0].device, problems[0].torch_device
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -98,14 +101,13 @@ def _tune(problems: Sequence[Problem], settings: Settings) -> int:
     try:
         with report:
             for problem in problems:
+                settings.interruption.check()
                 if not _tune_or_note(problem, settings, report):
                     code = EXIT_FAILED
     except KeyboardInterrupt:
         code, ending = EXIT_INTERRUPTED, "Interrupted."
     except DeviceLost as error:
         code, ending = EXIT_FAILED, f"The GPU's context is broken, so that nothing more can run here: {error}."
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     print_results(console, report.results, settings.path)
     if ending:
         ending += " Finished trials are kept; the same command with --resume goes on."
@@ -130,10 +132,6 @@ def _tune_or_note(problem: Problem, settings: Settings, report: ProgressReport) 
         worded = isinstance(error, (ValueError, NotImplementedError))
         report.end(KeyResult(problem.spec, note=" ".join(str(error).split()) if worded else one_line(error)))
         return False
-
-
-def _interrupt(signum, frame) -> None:
-    raise KeyboardInterrupt
 
 
 def _preset(args: argparse.Namespace, info: DeviceInfo) -> Preset:

@@ -1,5 +1,7 @@
 """The search: who wins, what is recorded, what is never run twice."""
 
+import os
+import signal
 import time
 from dataclasses import replace
 
@@ -9,6 +11,7 @@ from tune_landscape import BEST, PRESET, SPEC, Landscape, evaluator, millisecond
 
 from lla_compile.backends import CompileError
 from lla_compile.plan import KernelConfig
+from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost, Kind, Outcome
 from lla_compile.tuner.search import Budget, Search, evaluated, failures, ranked
 from lla_compile.tuner.space import SearchSpace
@@ -218,6 +221,38 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(storage, lookahead)
     assert "RUNNING" not in states and states.count("FAIL") >= lookahead
     assert make_search(storage, landscape, trials=20, lookahead=lookahead).run().trials == 20
     assert len(landscape.launches) == 20 and max(landscape.checks.values()) == len(PRESET.error_ridges)
+
+
+def test_a_signal_waits_until_nothing_is_half_recorded():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for safe_point in (interruption.check, interruption.prompt().__enter__):
+            with pytest.raises(KeyboardInterrupt):
+                safe_point()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)  # the second one does not wait
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt), interruption.prompt():
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("a prompt section went on")
+    Interruption().check()
+
+
+def test_a_signal_that_a_finalizer_swallows_still_ends_the_search(storage):
+    landscape = Landscape()
+    run = evaluator(landscape)
+
+    class Swallowing:
+        retime = run.retime
+
+        def __call__(self, config):
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except KeyboardInterrupt:
+                return run(config)
+
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+        make_search(storage, landscape, trials=5, evaluate=Swallowing(), interruption=interruption).run()
+    assert [t.state.name for t in storage.get_all_trials(0)] == ["FAIL"]
 
 
 def test_what_a_killed_process_left_running_is_failed(storage):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Callable, Iterable, Protocol
 
 from lla_compile.plan import KernelConfig
+from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import FAILURES, DeviceLost, Kind, Outcome
 from lla_compile.tuner.space import SearchSpace
 from lla_compile.tuner.study import Decision, Proposal, Record, TuningStudy, retimed
@@ -75,6 +76,7 @@ class Search:
         compiler: compiles ahead of evaluation.
         lookahead: proposals in flight, so that many compile at a time; 1 lets each learn from all earlier ones.
         report: called with each finished record.
+        interruption: ends the search between two records.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Search:
         compiler: Compiler | None = None,
         lookahead: int = 1,
         report: Callable[[Record], None] = lambda record: None,
+        interruption: Interruption | None = None,
     ):
         self._study = study
         self._space = space
@@ -94,6 +97,7 @@ class Search:
         self._compiler = compiler or CompileInPlace()
         self._lookahead = lookahead
         self._report = report
+        self._interruption = interruption or Interruption()
         self._in_flight: deque[Proposal] = deque()
         self._free_in_a_row = 0
         self._exhausted = False
@@ -133,7 +137,8 @@ class Search:
                 return
             proposal = self._in_flight[0]
             try:
-                outcome = self._compiler.result(proposal.config) or self._evaluate(proposal.config)
+                with self._interruption.prompt():
+                    outcome = self._compiler.result(proposal.config) or self._evaluate(proposal.config)
             except DeviceLost as error:
                 # Recorded, so that a resumed search does not try it again.
                 self._finish(proposal, Outcome(Kind.RUNTIME, str(error)))
@@ -144,6 +149,7 @@ class Search:
     def _fill(self) -> None:
         self._refresh()
         while len(self._in_flight) < self._lookahead and self._wanted() and not self._out_of_time():
+            self._interruption.check()
             if self._free_in_a_row >= _PATIENCE:
                 self._enqueue_untried()
                 if self._exhausted:
@@ -199,7 +205,8 @@ class Search:
         outcome = self._known.get(default)
         measured = outcome is not None and outcome.ok
         finalists = list(dict.fromkeys([r.config for r in best] + ([default] if measured else [])))
-        timings = dict(zip(finalists, self._evaluate.retime(finalists)))
+        with self._interruption.prompt():
+            timings = dict(zip(finalists, self._evaluate.retime(finalists)))
         winner = min(finalists, key=lambda config: timings[config].median_ms)
         decision = Decision(
             winner,

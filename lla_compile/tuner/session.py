@@ -14,6 +14,7 @@ from lla_compile.plan import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.compile_pool import CompilePool
 from lla_compile.tuner.evaluate import Evaluator
+from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost
 from lla_compile.tuner.presets import Preset
 from lla_compile.tuner.problem import Problem
@@ -34,6 +35,7 @@ class Settings:
         resume: go on with the last study of the same name.
         storage: where studies live.
         path: the database file written to.
+        interruption: ends a search between two records.
         backends: names of the backends searched; empty leaves it to the device.
         pool: compiles ahead of timing; None leaves compilation to the first launch.
     """
@@ -43,6 +45,7 @@ class Settings:
     resume: bool
     storage: optuna.storages.BaseStorage
     path: Path
+    interruption: Interruption
     backends: tuple[str, ...] = ()
     pool: CompilePool | None = None
 
@@ -103,7 +106,7 @@ def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResul
     if settings.pool is not None:
         compiler, lookahead = settings.pool.compiler(evaluator.specs()), preset.lookahead
     budget = Budget(preset.trials, deadline, preset.finalists)
-    search = Search(study, space, evaluator, budget, compiler, lookahead, watcher.trial)
+    search = Search(study, space, evaluator, budget, compiler, lookahead, watcher.trial, settings.interruption)
     try:
         decision = search.run(neighbours(problem))
     except (DeviceLost, KeyboardInterrupt) as error:
