@@ -98,6 +98,11 @@ def sqrt(x: Expr) -> Expr:
     return _apply("sqrt", x)
 
 
+def rounded(x: Expr) -> Expr:
+    """``x`` as a tile product can take it: the nearest value that the spec's precision tier represents."""
+    return _apply("rounded", x)
+
+
 def where(condition: Expr, x, y) -> Expr:
     return _apply("where", condition, x, y)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lla_compile.expr import Expr, Kind, dot, log2, row, scalar, sqrt, tile, vector, where
+from lla_compile.expr import Expr, Kind, dot, log2, rounded, row, scalar, sqrt, tile, vector, where
 
 # exp2(score - lse): the softmax weight of a pair, available to every weight expression.
 P = tile("p")
@@ -21,9 +21,11 @@ P = tile("p")
 
 @dataclass(frozen=True)
 class Score:
-    """Tile product ``name[i, j] = row[i] . (col[j] - center[i])``; no ``center`` means plain ``row[i] . col[j]``.
+    """Tile product ``name[i, j] = row[i] . col[j] - center[i]``; no ``center`` means plain ``row[i] . col[j]``.
 
-    ``row`` names an input or a state vector, ``col`` an input on the key side, ``center`` a state vector.
+    ``row`` names an input or a ``rounded`` vector, so that the product takes it exactly; ``col`` an input on the key
+    side; ``center`` a ROW, the product of the same rounded vector with kbar: what is left stays small where key and
+    kbar are close.
     """
 
     name: str
@@ -151,6 +153,11 @@ class SweepList:
             kinds |= sweep.writes()
         return kinds
 
+    def rounded(self) -> frozenset[str]:
+        """Names whose every value is ``rounded``: a backend may keep them in the input type."""
+        assigns = [a for s in self.sweeps for a in (*s.prologue, *s.epilogue)]
+        return frozenset(a.name for a in assigns if a.value.op == "rounded")
+
     def state(self) -> dict[str, Kind]:
         """What one sweep leaves for a later one (or for its own next turn), with kinds."""
         read = frozenset().union(*(s.reads() for s in self.sweeps))
@@ -168,7 +175,8 @@ def _stats() -> Sweep:
     """Softmax statistics: kbar and lse; then CG from u = 0 in normalised form.
 
     The residual and the direction are kept relative to ||r||, so that their products stay in range in any input type
-    however small the residual gets: with rho = ||r||, r = rho*residual and p = rho*direction.
+    however small the residual gets: with rho = ||r||, r = rho*residual and p = rho*direction. The direction is rounded
+    before it is used for anything, so that step, residual and probe all speak of the one that C was applied to.
     """
     row_sum, kbar = row("row_sum"), vector("kbar")
     has_keys = row_sum > 0
@@ -184,12 +192,19 @@ def _stats() -> Sweep:
             Assign("delta", where(has_keys, kbar - vector("q"), 0)),
             Assign("delta_norm", sqrt(dot(delta, delta))),
             Assign("residual", delta * where(delta_norm > 0, 1 / delta_norm, 0)),
-            Assign("direction", vector("residual")),
+            *_next_direction(vector("residual")),
             Assign("probe", delta * 0),
             Assign("rho", row("delta_norm")),
             Assign("active", where(delta_norm > 0, 1, 0)),
             Assign("iterations", delta_norm * 0),
         ),
+    )
+
+
+def _next_direction(value: Expr) -> tuple[Assign, Assign]:
+    return (
+        Assign("direction", rounded(value)),
+        Assign("direction_mean", dot(vector("direction"), vector("kbar"))),
     )
 
 
@@ -206,7 +221,7 @@ def _cg_step() -> Sweep:
     return Sweep(
         name="cg_step",
         softmax="saved",
-        scores=(Score("s", "q", "k"), Score("t", "direction", "k", center="kbar")),
+        scores=(Score("s", "q", "k"), Score("t", "direction", "k", center="direction_mean")),
         accumulators=(Accumulator("covariance_direction", P * tile("t"), "k"),),
         epilogue=(
             Assign("image", vector("covariance_direction") + row("ridge") * direction),
@@ -216,7 +231,7 @@ def _cg_step() -> Sweep:
             Assign("residual", where(goes_on, residual - step * image, residual)),
             Assign("growth", where(goes_on, sqrt(dot(residual, residual)), 1)),
             Assign("residual", residual * where(growth > 0, 1 / growth, 0)),
-            Assign("direction", where(goes_on, residual + growth * direction, direction)),
+            *_next_direction(where(goes_on, residual + growth * direction, direction)),
             Assign("rho", rho * growth),
             Assign("active", where(goes_on & (rho > scalar("cg_tol") * row("delta_norm")), 1, 0)),
             Assign("iterations", row("iterations") + where(goes_on, 1, 0)),
@@ -232,9 +247,10 @@ def _output() -> Sweep:
         softmax="saved",
         prologue=(
             Assign("probe_norm", sqrt(dot(probe, probe))),
-            Assign("unit_probe", probe * where(norm > 0, 1 / norm, 0)),
+            Assign("unit_probe", rounded(probe * where(norm > 0, 1 / norm, 0))),
+            Assign("probe_mean", dot(vector("unit_probe"), vector("kbar"))),
         ),
-        scores=(Score("s", "q", "k"), Score("a", "unit_probe", "k", center="kbar")),
+        scores=(Score("s", "q", "k"), Score("a", "unit_probe", "k", center="probe_mean")),
         accumulators=(Accumulator("out", P * (1 - norm * tile("a")), "v"),),
         epilogue=(Assign("final_residual", row("rho") * where(row("delta_norm") > 0, 1 / row("delta_norm"), 0)),),
     )

@@ -37,8 +37,8 @@ def test_reads():
     assert STATS.reads() == {"q"}
     assert STATS.stream_reads() == {"q"}
     assert OUTPUT.stream_reads() == {"q", "probe", "kbar", "lse"}
-    assert {"direction", "kbar", "lse", "q"} == CG_STEP.stream_reads()
-    assert {"ridge", "cg_tol", "rho", "residual", "probe"} <= CG_STEP.reads() - CG_STEP.stream_reads()
+    assert {"direction", "direction_mean", "lse", "q"} == CG_STEP.stream_reads()
+    assert {"ridge", "cg_tol", "rho", "residual", "probe", "kbar"} <= CG_STEP.reads() - CG_STEP.stream_reads()
 
 
 def test_state_is_what_crosses_sweeps():
@@ -46,6 +46,12 @@ def test_state_is_what_crosses_sweeps():
     assert state["kbar"] is Kind.VECTOR and state["lse"] is Kind.ROW
     assert {"probe", "residual", "direction", "active", "rho"} <= set(state)
     assert not {"key_sum", "image", "curvature", "unit_probe", "out"} & set(state)
+
+
+def test_row_operands_are_exact_in_a_product():
+    for sweep in LLA.sweeps:
+        assert {score.row for score in sweep.scores} <= {*LLA.row_inputs, *LLA.rounded()}
+    assert LLA.rounded() == {"direction", "unit_probe"}
 
 
 def test_products_are_those_of_the_design():

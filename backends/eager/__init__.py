@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 _BLOCKS = (32, 64, 128, 256, 512)
 _CG_MAX_ITERS = (16, 24, 32, 48, 64)
-# Iterations that reach the tolerance of (dtype, precision) at ridge 0.1; 32 for all others.
+# Iterations that reach the tolerance of (dtype, precision) at ridge 0.1 and head_dim 128; 32 for all others.
 _DEFAULT_CG_MAX_ITERS = {("float32", "accurate"): 64, ("float64", "fast"): 64, ("float64", "accurate"): 256}
 
 _TILES_ALIVE = 4  # (rows, keys) matrices that exist at once: two scores, the weights and their rounding
@@ -42,16 +43,12 @@ class EagerBackend:
         block_q, block_k = 128, 256
         while block_q * block_k * max(spec.batch_heads, 1) > _CACHE_ELEMENTS and block_q * block_k > 64 * 64:
             block_q, block_k = block_k // 2, block_q  # 128 x 256, 128 x 128, 64 x 128, 64 x 64
-        config = KernelConfig(
-            backend=self.name,
-            schedule="fused",
-            block_q=block_q,
-            block_k=block_k,
-            cg_max_iters=_DEFAULT_CG_MAX_ITERS.get((spec.dtype, spec.precision), 32),
-        )
+        cg_max_iters = _DEFAULT_CG_MAX_ITERS.get((spec.dtype, spec.precision), 32)
+        if spec.head_dim > 128:
+            cg_max_iters += cg_max_iters // 2
+        config = KernelConfig(self.name, "fused", block_q, block_k, cg_max_iters)
         while self.infeasible(spec, config, device):
-            block_q, block_k = (block_q + 1) // 2, (block_k + 1) // 2
-            config = KernelConfig(self.name, config.schedule, block_q, block_k, config.cg_max_iters)
+            config = replace(config, block_q=(config.block_q + 1) // 2, block_k=(config.block_k + 1) // 2)
         return config
 
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:

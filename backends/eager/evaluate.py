@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Mapping
+from typing import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from lla_compile.expr import Expr, fold
 Value = Tensor | float
 
 
-def evaluate(expr: Expr, values: Mapping[str, Value]) -> Value:
-    """The value of ``expr`` with its symbols looked up in ``values``.
+def evaluate(expr: Expr, values: Mapping[str, Value], round_operand: Callable[[Tensor], Tensor]) -> Value:
+    """The value of ``expr`` with its symbols looked up in ``values`` and ``rounded`` done by ``round_operand``.
 
     Raises:
         KeyError: a symbol has no value, or the interpreter lacks an operation.
@@ -23,7 +23,10 @@ def evaluate(expr: Expr, values: Mapping[str, Value]) -> Value:
     def leaf(e: Expr) -> Value:
         return values[e.args[0]] if e.op == "symbol" else e.args[0]
 
-    return fold(expr, leaf, lambda e, args: _OPERATIONS[e.op](*args))
+    def node(e: Expr, args: list[Value]) -> Value:
+        return round_operand(*args) if e.op == "rounded" else _OPERATIONS[e.op](*args)
+
+    return fold(expr, leaf, node)
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

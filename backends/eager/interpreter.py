@@ -90,7 +90,7 @@ class EagerExecutable:
         """Stream the visible keys past one tile and update its state."""
         values = dict(tile.values)
         for assign in sweep.prologue:
-            values[assign.name] = evaluate(assign.value, values)
+            values[assign.name] = evaluate(assign.value, values, self._round)
         operands = self._row_operands(sweep, values, scale)
         sums: dict[str, Tensor] = {}
         row_max, row_sum = None, 0
@@ -108,40 +108,36 @@ class EagerExecutable:
             if sweep.softmax == "online":
                 row_max, anchor, decay = _next_max(row_max, s)
                 # Rounded before both sums, so that key_sum / row_sum stays a mean: keys that share an offset need it.
-                p = precision.round_operand((s - anchor).exp2(), spec.dtype, self.terms)
+                p = self._round((s - anchor).exp2())
                 row_sum = row_sum * decay + p.sum(-1, keepdim=True)
                 sums = {name: x * decay for name, x in sums.items()}
             else:
                 p = (s - values["lse"]).exp2()
             tile_values = {**values, **scores, "p": p}
             for accumulator in sweep.accumulators:
-                weight = evaluate(accumulator.weight, tile_values)
-                weight = precision.round_operand(weight * 2**shift if shift else weight, spec.dtype, self.terms)
+                weight = evaluate(accumulator.weight, tile_values, self._round)
+                weight = self._round(weight * 2**shift if shift else weight)
                 column = tile_columns[accumulator.col]
                 previous = sums.get(accumulator.name)
                 sums[accumulator.name] = weight @ column if previous is None else previous.baddbmm(weight, column)
         values |= {name: x * 2**-shift if shift else x for name, x in sums.items()}
         values |= {"row_max": row_max, "row_sum": row_sum}
         for assign in sweep.epilogue:
-            values[assign.name] = evaluate(assign.value, values)
+            values[assign.name] = evaluate(assign.value, values, self._round)
         tile.values = {name: x for name, x in values.items() if name in self.kept}
 
     def _row_operands(self, sweep: Sweep, values: dict[str, Value], scale: Value) -> dict[str, tuple]:
-        """(row, column name, row . center) of every score: rounded as a product needs it, inputs being exact.
-
-        The centre is that of the rounded row, so that row . (key - center) stays small where key and center are close.
-        """
+        """(row, column name, center) of every score."""
         operands = {}
         for score in sweep.scores:
-            row = values[score.row]
-            if score.row not in self.sweeps.row_inputs:
-                row = precision.round_operand(row, self.spec.dtype, self.terms)
-            center = None if score.center is None else (row * values[score.center]).sum(-1, keepdim=True)
-            operands[score.name] = (row, score.col, center)
+            operands[score.name] = (values[score.row], score.col, score.center and values[score.center])
         attention = sweep.scores[0].name
         row, col, center = operands[attention]
         operands[attention] = (row * (scale * _LOG2_E), col, center)  # scores to base 2, for exp2
         return operands
+
+    def _round(self, x: Tensor) -> Tensor:
+        return precision.round_operand(x, self.spec.dtype, self.terms)
 
     def _visible(self, tile: _Tile, start: int, stop: int, device: torch.device) -> Tensor:
         """Mask of a tile, (group*rows, keys)."""

@@ -9,7 +9,7 @@ import triton
 
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
 from lla_compile.backends.triton.resources import padded_width
-from lla_compile.backends.triton.source import CONSTEXPRS, print_module
+from lla_compile.backends.triton.source import CONSTEXPRS, Module, print_module
 from lla_compile.expr import Kind
 from lla_compile.precision import split_terms, weight_shift
 
@@ -55,7 +55,7 @@ def compile_variant(
     functions = load_functions(spec.op, spec.phase, config.schedule)
     values = constants(spec, config)
     values |= {"RIDGE_TENSOR": ridge_tensor, "SCALE_TENSOR": scale_tensor, "RETURN_INFO": return_info}
-    absent = _absent(ridge_tensor, scale_tensor, return_info)
+    absent = _absent(module, values)
     return [
         compile_kernel(
             functions[kernel.name],
@@ -72,10 +72,12 @@ def compile_variant(
     ]
 
 
-def _absent(ridge_tensor: bool, scale_tensor: bool, return_info: bool) -> frozenset[str]:
-    names = [] if ridge_tensor else ["ridge_ptr"]
-    names += [] if scale_tensor else ["scale_ptr"]
-    names += [] if return_info else ["iterations_ptr", "final_residual_ptr"]
+def _absent(module: Module, values: dict[str, object]) -> frozenset[str]:
+    """Pointer parameters that are None under these constants."""
+    names = [] if values["RIDGE_TENSOR"] else ["ridge_ptr"]
+    names += [] if values["SCALE_TENSOR"] else ["scale_ptr"]
+    names += [] if values["RETURN_INFO"] else ["iterations_ptr", "final_residual_ptr"]
+    names += [] if values["TERMS"] == 2 else [f"{name}_low_state" for name in module.rounded_state]
     return frozenset(names)
 
 
@@ -104,9 +106,10 @@ class Launcher:
             spec.window_size or 0,
         )
         rows = spec.batch_heads * spec.seqlen_q
-        # Chunks are padded to 16 bytes so that each starts aligned.
-        sizes = [rows * (spec.head_dim if kind is Kind.VECTOR else 1) for _, kind in self._module.state]
-        self._state_sizes = [-(-size // 4) * 4 for size in sizes]
+        # Chunks are padded so that each starts aligned to 16 bytes.
+        widths = {Kind.VECTOR: spec.head_dim, Kind.ROW: 1}
+        self._state_sizes = [_padded(rows * widths[kind]) for _, kind in self._module.state]
+        self._rounded_size = _padded(rows * spec.head_dim)
         self._launches: dict[tuple, list[Callable]] = {}
 
     def __call__(self, q, k, v, ridge, scale, return_info):
@@ -137,8 +140,8 @@ class Launcher:
             launches = self._launches[variant] = self._bind(*variant)
 
         state = ()
-        if self._state_sizes:
-            state = torch.empty(sum(self._state_sizes), dtype=torch.float32, device=q.device).split(self._state_sizes)
+        if self._module.state:
+            state = self._allocate_state(q)
         args = (
             *(q, k, v, out, iterations, residual, *state),
             *(scale_ptr, scale_value, ridge_ptr, ridge_value, *ridge_strides, *strides, spec.cg_tol, *self._counts),
@@ -146,6 +149,14 @@ class Launcher:
         for launch in launches:
             launch(*args)
         return out, iterations, residual
+
+    def _allocate_state(self, q: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """What crosses the launches of a split schedule: Theta(n d), in two allocations."""
+        state = torch.empty(sum(self._state_sizes), dtype=torch.float32, device=q.device).split(self._state_sizes)
+        names, terms = self._module.rounded_state, self._values["TERMS"]
+        rounded = torch.empty(len(names) * terms * self._rounded_size, dtype=q.dtype, device=q.device)
+        chunks = iter(rounded.split(self._rounded_size))
+        return (*state, *(next(chunks) if term < terms else None for _ in names for term in range(2)))
 
     def _bind(self, ridge_tensor: bool, scale_tensor: bool, return_info: bool, aligned: bool) -> list[Callable]:
         """One callable per launch; the repeated kernel stands in the list once per CG iteration."""
@@ -170,6 +181,10 @@ class Launcher:
             launch = _with_constants(runner, fixed)
             launches += [launch] * (self._plan.cg_max_iters if kernel.repeated else 1)
         return launches
+
+
+def _padded(elements: int) -> int:
+    return -(-elements // 8) * 8
 
 
 def _with_constants(runner: Callable, fixed: list) -> Callable:

@@ -109,6 +109,31 @@ def rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def low_term(x, high, TERMS: tl.constexpr):
+    """What rounding ``x`` to ``high`` lost, as a second term; an unused scalar with one of TERMS."""
+    if TERMS == 2:
+        return (x - high.to(tl.float32)).to(high.dtype)
+    else:
+        return tl.zeros([1], high.dtype)
+
+
+@triton.jit
+def representable(x, DTYPE: tl.constexpr, TERMS: tl.constexpr):
+    """The value nearest to ``x`` that TERMS terms of DTYPE add up to, in float32."""
+    high = rounded(x, DTYPE)
+    return joined(high, low_term(x, high, TERMS), TERMS)
+
+
+@triton.jit
+def joined(high, low, TERMS: tl.constexpr):
+    """The float32 value of one or two TERMS."""
+    if TERMS == 2:
+        return high.to(tl.float32) + low.to(tl.float32)
+    else:
+        return high.to(tl.float32)
+
+
+@triton.jit
 def row_product(high, low, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
     """(high + low) . column^T, a (rows, keys) tile in float32; ``low`` is read only with two TERMS."""
     product = tl.dot(high, tl.trans(column), input_precision=INPUT_PRECISION)
@@ -118,11 +143,9 @@ def row_product(high, low, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.cons
 
 
 @triton.jit
-def accumulate(total, weight, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """total + weight @ column, with the weight rounded to the column's type in TERMS terms."""
-    high = rounded(weight, column.dtype)
+def accumulate(total, high, low, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    """total + (high + low) @ column; ``low`` is read only with two TERMS."""
     total = tl.dot(high, column, total, input_precision=INPUT_PRECISION)
     if TERMS == 2:
-        low = (weight - high.to(tl.float32)).to(column.dtype)
         total = tl.dot(low, column, total, input_precision=INPUT_PRECISION)
     return total
