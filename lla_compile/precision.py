@@ -24,7 +24,7 @@ _SPLIT_TERMS = {
 
 # (smallest ridge, limit), largest ridge first. Under the last ridge the only promise is a finite result.
 _ERROR_LIMITS = {
-    ("16-bit", "fast"): ((1.0, 1e-2), (0.1, 5e-2)),
+    ("16-bit", "fast"): ((1.0, 8e-3), (0.1, 2.7e-2)),
     ("16-bit", "accurate"): ((0.1, 2.5e-3), (0.01, 5e-3)),
     ("float32", "fast"): ((1.0, 5e-3), (0.1, 2e-2)),
     ("float32", "accurate"): ((0.1, 1e-5),),

@@ -50,7 +50,7 @@ def test_terms():
 def test_error_limits():
     assert error_limit("bfloat16", "accurate", 0.1) == error_limit("float16", "accurate", 5.0) == 2.5e-3
     assert error_limit("bfloat16", "accurate", 0.01) == 5e-3
-    assert error_limit("bfloat16", "fast", 1.0) == 1e-2
-    assert error_limit("bfloat16", "fast", 0.5) == 5e-2
+    assert error_limit("bfloat16", "fast", 1.0) == 8e-3
+    assert error_limit("bfloat16", "fast", 0.5) == 2.7e-2
     assert error_limit("bfloat16", "fast", 0.01) == math.inf
     assert error_limit("float32", "accurate", 0.1) == 1e-5

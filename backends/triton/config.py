@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Mapping
 
-from lla_compile.backends.triton.resources import infeasible
+from lla_compile.backends.triton.resources import infeasible, padded_width
 from lla_compile.plan import KernelConfig
 
 if TYPE_CHECKING:
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 _DEFAULT_CG_MAX_ITERS = {"float16": 32, "bfloat16": 32, "float32": 64}
 
 # (block_q, block_k, num_warps, num_stages), best first; the first that fits is taken. 64 x 64 with 4 warps won at
-# head_dim 64 and 128 on Hopper; the others are for wide heads, float32 and small shared memory.
+# head_dim 64 on Hopper. From head_dim 128 on the row state does not fit in registers: block_k 32 leaves room in the
+# first-level cache to park it. The rest is for float32, wider heads and small shared memory.
 _PREFERENCE = (
     (64, 64, 4, 3),
     (64, 64, 4, 2),
+    (64, 32, 4, 3),
     (64, 32, 4, 2),
     (64, 64, 8, 2),
     (64, 64, 8, 1),
@@ -27,11 +29,14 @@ _PREFERENCE = (
     (16, 32, 1, 1),
     (16, 16, 1, 1),
 )
+_WIDE_PREFERENCE = (_PREFERENCE[2], *_PREFERENCE)
+_WIDE = 128
 
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """The first preferred shape that the device can hold."""
-    for block_q, block_k, num_warps, num_stages in _PREFERENCE:
+    wide = max(padded_width(spec.head_dim), padded_width(spec.head_dim_v)) >= _WIDE
+    for block_q, block_k, num_warps, num_stages in _WIDE_PREFERENCE if wide else _PREFERENCE:
         config = KernelConfig(
             backend="triton",
             schedule="fused",
@@ -55,5 +60,5 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
         "block_k": (32, 64, 128),
         "num_warps": (4, 8) if warpgroups else (1, 2, 4, 8),
         "num_stages": (1, 2, 3, 4),
-        "cg_max_iters": (48, 64, 96, 128) if spec.dtype == "float32" else (24, 32, 48, 64),
+        "cg_max_iters": (48, 64, 96) if spec.dtype == "float32" else (24, 32, 48),
     }
