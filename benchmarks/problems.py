@@ -1,0 +1,79 @@
+"""The problems that are measured: shapes, inputs, float64 references and the work that a call really did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lla_compile.plan import Plan
+from lla_compile.reference import lla_reference
+from lla_compile.spec import LLASpec
+from lla_compile.tuner.problem import normal_inputs
+
+# Rows of one head that are held against the reference, the last ones: it costs rows * N * D^2 in float64.
+REFERENCE_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Causal self-attention of ``batch_heads`` heads."""
+
+    seqlen: int
+    head_dim: int
+    batch_heads: int
+
+    def spec(self, dtype: str, precision: str = "accurate", **fields) -> LLASpec:
+        return LLASpec(
+            dtype=dtype,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim,
+            batch=1,
+            num_heads=self.batch_heads,
+            num_kv_heads=self.batch_heads,
+            seqlen_q=self.seqlen,
+            seqlen_k=self.seqlen,
+            precision=precision,
+            **fields,
+        )
+
+    def inputs(self, dtype: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Standard normal query, key and value (1, B*H, N, D), the same in every run."""
+        return normal_inputs(self.spec(dtype), device, "benchmark")
+
+    def as_row(self) -> dict[str, object]:
+        return {"seqlen": self.seqlen, "head_dim": self.head_dim, "batch_heads": self.batch_heads}
+
+
+def last_rows_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ridge: float) -> torch.Tensor:
+    """float64 output of the first head's last rows; causal masks align at the end, so a slice of q is enough."""
+    rows = slice(-REFERENCE_ROWS, None)
+    return lla_reference(q[:1, :1, rows], k[:1, :1], v[:1, :1], ridge)
+
+
+def last_rows_error(out: torch.Tensor, reference: torch.Tensor) -> float:
+    """||out - reference|| / ||reference|| over the rows of the reference; NaN where the output has one."""
+    part = out[:1, :1, -reference.shape[2] :].double()
+    return ((part - reference).norm() / reference.norm()).item()
+
+
+def executed_flops(plan: Plan, iterations: torch.Tensor) -> float:
+    """Flops of the sweeps that ran: a tile turns its CG loop until its slowest row is done.
+
+    Counted as the equations have them, over the visible pairs of causal self-attention: the second products of
+    `accurate` and the masked parts of tiles are not counted.
+
+    Args:
+        plan: what ran.
+        iterations: of every row, (B, H, N).
+    """
+    outside, one = plan.flops
+    seqlen, block = plan.spec.seqlen_q, plan.config.block_q
+    rows = iterations.reshape(-1, seqlen).double().cpu()
+    if plan.config.backend == "eager":  # its tiles span all heads
+        rows = rows.amax(0, keepdim=True)
+    tiles = -(-seqlen // block)
+    turns = torch.nn.functional.pad(rows, (0, tiles * block - seqlen)).reshape(-1, tiles, block).amax(-1)
+    keys = torch.nn.functional.pad(torch.arange(1.0, seqlen + 1, dtype=torch.float64), (0, tiles * block - seqlen))
+    share = keys.reshape(tiles, block).sum(-1) / keys.sum()
+    return outside + one * (turns * share).sum(-1).mean().item()

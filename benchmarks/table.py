@@ -1,0 +1,129 @@
+"""The README's tables, as Markdown, from the JSON files of one device.
+
+    python -m benchmarks.table nvidia-h200
+    python -m benchmarks.table nvidia-h200 --into README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Iterable, Sequence
+
+from benchmarks.forward import PRECISIONS, RIDGES
+from benchmarks.report import RESULTS, write_text
+
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__.partition("\n")[0])
+    parser.add_argument("device", help="a directory of the results, e.g. nvidia-h200")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--into", type=Path, help="put the tables between the marks of this file instead of printing")
+    options = parser.parse_args(argv)
+    text = tables(options.results / options.device)
+    if options.into is None:
+        print(text)
+        return 0
+    page = options.into.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        parser.error(f"{options.into} has no marks {BEGIN} and {END}")
+    write_text(options.into, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return 0
+
+
+def tables(directory: Path) -> str:
+    """Markdown of what the directory has; a benchmark without a file is left out."""
+    parts = []
+    for name, section in (
+        ("forward", _forward), ("accuracy", _accuracy), ("sweeps", _sweeps), ("memory", _memory), ("overhead", _overhead)
+    ):  # fmt: skip
+        path = directory / f"{name}.json"
+        if path.exists():
+            document = json.loads(path.read_text(encoding="utf-8"))
+            parts += [_where(document["environment"]), section(document["rows"])]
+    # The benchmarks of one run share their first line.
+    return "\n\n".join(dict.fromkeys(parts))
+
+
+def _where(environment: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    return f"{environment['device']['name']}, {environment['date'][:10]}; {versions}."
+
+
+def _forward(rows: list[dict]) -> str:
+    ridges = " / ".join(f"{ridge:g}" for ridge in RIDGES)
+    columns = [("sdpa", "softmax (SDPA)", None)]
+    columns += [("lla_attention", f"`{precision}`, λ {ridges}", precision) for precision in PRECISIONS]
+    others = dict.fromkeys(row["op"] for row in rows if row["op"] not in ("sdpa", "lla_attention"))
+    columns += [(op, op, None) for op in others]
+    lines = []
+    for shape in dict.fromkeys((row["seqlen"], row["head_dim"], row["batch_heads"]) for row in rows):
+        here = [row for row in rows if (row["seqlen"], row["head_dim"], row["batch_heads"]) == shape]
+        cells = [
+            " / ".join(_cell(row, "median_ms") for row in here if (row["op"], row["precision"]) == (op, precision))
+            for op, _, precision in columns
+        ]
+        lines.append((*shape, *cells))
+    return "Forward, causal, milliseconds:\n\n" + _markdown(["N", "D", "B·H", *(title for _, title, _ in columns)], lines)
+
+
+def _accuracy(rows: list[dict]) -> str:
+    columns = dict.fromkeys((row["precision"], row["cg_max_iters"]) for row in rows)
+    lines = []
+    for case in dict.fromkeys((row["dtype"], row["head_dim"], row["ridge"]) for row in rows):
+        found = {
+            (row["precision"], row["cg_max_iters"]): row
+            for row in rows
+            if (row["dtype"], row["head_dim"], row["ridge"]) == case
+        }
+        lines.append((*case, *(_cell(found.get(column, {}), "error") for column in columns)))
+    titles = [f"`{precision}`, {cap} iterations" for precision, cap in columns]
+    about = f"Error against float64, N {rows[0]['seqlen']}, at most so many CG iterations:"
+    return f"{about}\n\n" + _markdown(["dtype", "D", "λ", *titles], lines)
+
+
+def _sweeps(rows: list[dict]) -> str:
+    lines = [
+        (*(row[name] for name in ("seqlen", "head_dim", "batch_heads", "precision")), _cell(row, "tflops"))
+        for row in rows
+    ]
+    about = "One CG iteration of the split schedule (flops as the equations have them, visible pairs only):"
+    return f"{about}\n\n" + _markdown(["N", "D", "B·H", "precision", "TFLOP/s"], lines)
+
+
+def _memory(rows: list[dict]) -> str:
+    lines = [
+        (*(row[name] for name in ("seqlen", "head_dim", "batch_heads")), _cell(row, "extra_mib"), _cell(row, "output_mib"))
+        for row in rows
+    ]
+    return "Peak memory beyond inputs and output, MiB:\n\n" + _markdown(["N", "D", "B·H", "extra", "output"], lines)
+
+
+def _overhead(rows: list[dict]) -> str:
+    return "Host time, microseconds:\n\n" + _markdown(
+        ["what", "median"], [(row["what"], _cell(row, "median_us")) for row in rows]
+    )
+
+
+def _cell(row: dict, name: str) -> str:
+    if row.get("failure"):
+        return "fails"
+    value = row.get(name)
+    if not isinstance(value, (int, float)):
+        return str(value or "-")
+    return f"{value:.1e}" if name == "error" else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _markdown(header: Sequence[str], lines: Iterable[Sequence]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
