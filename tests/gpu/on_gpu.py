@@ -1,0 +1,38 @@
+"""Problems on the GPU and the Triton backend on them, in the few kernel variants that the tests share."""
+
+from __future__ import annotations
+
+import torch
+from problems import Problem, make_plan, make_problem, run_info
+
+from lla_compile import backends
+from lla_compile.devices import identify
+
+
+def gpu_problem(**fields) -> Problem:
+    """Defaults are chosen so that most tests share one compiled kernel: bfloat16, D 64, causal."""
+    return make_problem(**dict(dtype=torch.bfloat16, head_dim=64, device="cuda") | fields)
+
+
+def triton_info(p: Problem, precision: str = "accurate", **knobs):
+    """Output, iterations and residual."""
+    return run_info(p, "triton", precision, device=identify("cuda"), **knobs)
+
+
+def triton(p: Problem, precision: str = "accurate", **knobs) -> torch.Tensor:
+    return triton_info(p, precision, **knobs)[0]
+
+
+def bound(p: Problem, precision: str = "accurate", **knobs):
+    """A function without arguments that launches the kernels on the problem as it then is, asking for no info."""
+    executable = backends.get("triton").bind(make_plan(p, "triton", precision, identify("cuda"), **knobs))
+    scale = p.q.shape[-1] ** -0.5
+    return lambda: executable(p.q, p.k, p.v, p.ridge, scale, False)[0]
+
+
+def poison_free_memory() -> None:
+    """Fill what the caching allocator will hand out next, small blocks and large, with NaN."""
+    sizes = [size for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24) for _ in range(8)]
+    blocks = [torch.full((size,), torch.nan, device="cuda") for size in sizes]
+    torch.cuda.synchronize()
+    del blocks

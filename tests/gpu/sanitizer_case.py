@@ -1,0 +1,22 @@
+"""Small problems of odd sizes, for ``compute-sanitizer --tool memcheck python tests/gpu/sanitizer_case.py``."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from on_gpu import gpu_problem, triton  # noqa: E402
+from problems import assert_close  # noqa: E402
+
+CASES = [
+    dict(heads=3, kv_heads=1, seqlen_q=65, head_dim=40, head_dim_v=24),
+    dict(seqlen_q=1, seqlen_k=67, head_dim=40, head_dim_v=24),
+    dict(seqlen_q=70, seqlen_k=33, head_dim=40, head_dim_v=24),
+    dict(seqlen_q=129, head_dim=40, head_dim_v=24, window_size=19),
+]
+
+for fields in CASES:
+    for schedule in ("fused", "split"):
+        p = gpu_problem(**fields, ridge=4.0)
+        assert_close(triton(p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
+print("done")
