@@ -114,6 +114,11 @@ def dot(x: Expr, y: Expr) -> Expr:
     return Expr("dot", (x, y), Kind.ROW)
 
 
+def wide_dot(x: Expr, y: Expr) -> Expr:
+    """:func:`dot` in the widest type that the spec's precision tier asks for: where large terms cancel."""
+    return Expr("wide_dot", dot(x, y).args, Kind.ROW)
+
+
 _RANK = {Kind.SCALAR: 0, Kind.ROW: 1, Kind.VECTOR: 2, Kind.TILE: 2}
 
 
@@ -152,7 +157,7 @@ def to_source(
         return f'float("{value}")' if value in (float("inf"), float("-inf")) else repr(value)
 
     def node(e: Expr, args: list[str]) -> str:
-        if e.op != "dot" and _RANK[e.kind] == 2:
+        if e.op not in ("dot", "wide_dot") and _RANK[e.kind] == 2:
             args = [broadcast.format(s) if a.kind is Kind.ROW else s for s, a in zip(args, e.args)]
         return templates[e.op].format(*args)
 

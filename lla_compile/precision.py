@@ -38,6 +38,11 @@ def split_terms(dtype: str, precision: str) -> int:
     return _SPLIT_TERMS.get((dtype, precision), 1)
 
 
+def is_wide(dtype: str, precision: str) -> bool:
+    """Whether products whose terms cancel are taken in float64: a 16-bit result does not show the difference."""
+    return dtype == "float32" and precision == "accurate"
+
+
 def weight_shift(dtype: str) -> int:
     """Weights ``exp2(score - lse)`` are multiplied by 2**shift before rounding, their sums by 2**-shift after.
 

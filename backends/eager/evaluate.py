@@ -13,8 +13,12 @@ from lla_compile.expr import Expr, fold
 Value = Tensor | float
 
 
-def evaluate(expr: Expr, values: Mapping[str, Value], round_operand: Callable[[Tensor], Tensor]) -> Value:
-    """The value of ``expr`` with its symbols looked up in ``values`` and ``rounded`` done by ``round_operand``.
+def evaluate(
+    expr: Expr, values: Mapping[str, Value], round_operand: Callable[[Tensor], Tensor], wide: bool = False
+) -> Value:
+    """The value of ``expr`` with its symbols looked up in ``values``.
+
+    ``rounded`` is done by ``round_operand``; a ``wide_dot`` is taken and kept in float64 where ``wide``.
 
     Raises:
         KeyError: a symbol has no value, or the interpreter lacks an operation.
@@ -24,7 +28,11 @@ def evaluate(expr: Expr, values: Mapping[str, Value], round_operand: Callable[[T
         return values[e.args[0]] if e.op == "symbol" else e.args[0]
 
     def node(e: Expr, args: list[Value]) -> Value:
-        return round_operand(*args) if e.op == "rounded" else _OPERATIONS[e.op](*args)
+        if e.op == "rounded":
+            return round_operand(*args)
+        if e.op == "wide_dot":
+            return _dot(*(x.double() for x in args)) if wide else _dot(*args)
+        return _OPERATIONS[e.op](*args)
 
     return fold(expr, leaf, node)
 

@@ -43,6 +43,7 @@ class EagerExecutable:
         self.spec = plan.spec
         self.sweeps = lower(self.spec.op, self.spec.phase)
         self.terms = precision.split_terms(self.spec.dtype, self.spec.precision)
+        self.wide = precision.is_wide(self.spec.dtype, self.spec.precision)
         self.shift = precision.weight_shift(self.spec.dtype)
         self.dtype = torch.float64 if self.spec.dtype == "float64" else torch.float32
         self.kept = {*self.sweeps.state(), *self.sweeps.outputs, *self.sweeps.info}
@@ -90,7 +91,7 @@ class EagerExecutable:
         """Stream the visible keys past one tile and update its state."""
         values = dict(tile.values)
         for assign in sweep.prologue:
-            values[assign.name] = evaluate(assign.value, values, self._round)
+            values[assign.name] = evaluate(assign.value, values, self._round, self.wide)
         operands = self._row_operands(sweep, values, scale)
         sums: dict[str, Tensor] = {}
         row_max, row_sum = None, 0
@@ -100,7 +101,8 @@ class EagerExecutable:
         for start, stop, needs_mask in keys.tiles(self.plan.config.block_k):
             tile_columns = {name: x[:, start:stop] for name, x in columns.items()}
             scores = {
-                name: _product(row, tile_columns[col], center) for name, (row, col, center) in operands.items()
+                name: _product(row, tile_columns[col], center).to(self.dtype)
+                for name, (row, col, center) in operands.items()
             }
             s = scores[sweep.scores[0].name]
             if needs_mask:
@@ -115,7 +117,7 @@ class EagerExecutable:
                 p = (s - values["lse"]).exp2()
             tile_values = {**values, **scores, "p": p}
             for accumulator in sweep.accumulators:
-                weight = evaluate(accumulator.weight, tile_values, self._round)
+                weight = evaluate(accumulator.weight, tile_values, self._round, self.wide)
                 weight = self._round(weight * 2**shift if shift else weight)
                 column = tile_columns[accumulator.col]
                 previous = sums.get(accumulator.name)
@@ -123,14 +125,17 @@ class EagerExecutable:
         values |= {name: x * 2**-shift if shift else x for name, x in sums.items()}
         values |= {"row_max": row_max, "row_sum": row_sum}
         for assign in sweep.epilogue:
-            values[assign.name] = evaluate(assign.value, values, self._round)
+            values[assign.name] = evaluate(assign.value, values, self._round, self.wide)
         tile.values = {name: x for name, x in values.items() if name in self.kept}
 
     def _row_operands(self, sweep: Sweep, values: dict[str, Value], scale: Value) -> dict[str, tuple]:
         """(row, column name, center) of every score."""
         operands = {}
         for score in sweep.scores:
-            operands[score.name] = (values[score.row], score.col, score.center and values[score.center])
+            row = values[score.row]
+            if score.wide and self.wide:
+                row = row.double()
+            operands[score.name] = (row, score.col, score.center and values[score.center])
         attention = sweep.scores[0].name
         row, col, center = operands[attention]
         operands[attention] = (row * (scale * _LOG2_E), col, center)  # scores to base 2, for exp2
@@ -186,8 +191,9 @@ class EagerExecutable:
 
 
 def _product(row: Tensor, column: Tensor, center: Tensor | None) -> Tensor:
-    """row . (column - center) over a tile, (heads, rows, keys)."""
-    return row @ column.mT if center is None else torch.baddbmm(center, row, column.mT, beta=-1)
+    """row . column - center over a tile, (heads, rows, keys), in the type of ``row``."""
+    column = column.to(row.dtype)
+    return row @ column.mT if center is None else torch.baddbmm(center.to(row.dtype), row, column.mT, beta=-1)
 
 
 def _next_max(row_max: Tensor | None, s: Tensor) -> tuple[Tensor, Tensor, Value]:

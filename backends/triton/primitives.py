@@ -134,12 +134,27 @@ def joined(high, low, TERMS: tl.constexpr):
 
 
 @triton.jit
-def row_product(high, low, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """(high + low) . column^T, a (rows, keys) tile in float32; ``low`` is read only with two TERMS."""
-    product = tl.dot(high, tl.trans(column), input_precision=INPUT_PRECISION)
-    if TERMS == 2:
-        product = tl.dot(low, tl.trans(column), product, input_precision=INPUT_PRECISION)
-    return product
+def row_product(high, low, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """(high + low) . column^T, a (rows, keys) tile in float32; ``low`` is read only with two TERMS.
+
+    WIDE takes the product in float64 and leaves it there.
+    """
+    if WIDE:
+        return tl.dot(high.to(tl.float64), tl.trans(column.to(tl.float64)), out_dtype=tl.float64)
+    else:
+        product = tl.dot(high, tl.trans(column), input_precision=INPUT_PRECISION)
+        if TERMS == 2:
+            product = tl.dot(low, tl.trans(column), product, input_precision=INPUT_PRECISION)
+        return product
+
+
+@triton.jit
+def wide_dot(x, y, WIDE: tl.constexpr):
+    """Row-wise inner product of two (rows, head_dim) tiles, in float64 where WIDE."""
+    if WIDE:
+        return tl.sum(x.to(tl.float64) * y.to(tl.float64), axis=1)
+    else:
+        return tl.sum(x * y, axis=1)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from lla_compile.backends.triton.primitives import (
     row_product,
     store_tile,
     visible,
+    wide_dot,
 )
 """
 
@@ -44,6 +45,7 @@ CONSTEXPRS = (
     "WINDOWED",
     "TERMS",
     "INPUT_PRECISION",
+    "WIDE",
     "WEIGHT_SHIFT",
     "RIDGE_TENSOR",
     "SCALE_TENSOR",
@@ -230,9 +232,6 @@ if SCALE_TENSOR:
         self.sweeps.stream(sweep, in_terms=frozenset(early) & self.program.rounded())
         for name in late:
             self._load_state(name)
-        for name in early:
-            if name in self.program.rounded():
-                out.add(f"{name} = joined({name}_high, {name}_low, TERMS)")
         self.sweeps.epilogue(sweep)
         for name in self.crossing:
             if name in sweep.writes():

@@ -17,6 +17,7 @@ _TEMPLATES = {
     "log2": "tl.log2({0})",
     "where": "tl.where({0}, {1}, {2})",
     "dot": "tl.sum({0} * {1}, axis=1)",
+    "wide_dot": "wide_dot({0}, {1}, WIDE)",
 }
 
 
@@ -54,14 +55,15 @@ class SweepPrinter:
     def stream(self, sweep: Sweep, in_terms: frozenset[str] = frozenset()) -> None:
         """The loop over key tiles, between the accumulators' start and their final value.
 
-        Rounded row operands are kept in float32 and taken apart here, which is exact: the compiler then parks them in
-        local memory during the loop, and registers hold only the terms. Those ``in_terms`` already are apart.
+        Rounded row operands are taken apart before the loop and put together again after it, both exact, so that
+        only the terms live in registers meanwhile. Those ``in_terms`` already are apart.
         """
         out = self.out
         online = sweep.softmax == "online"
-        for score in sweep.scores:
-            if score.row not in self.program.row_inputs and score.row not in in_terms:
-                self._terms(score.row)
+        rounded_rows = [score.row for score in sweep.scores if score.row not in self.program.row_inputs]
+        for name in rounded_rows:
+            if name not in in_terms:
+                self._terms(name)
         if online:
             out.add('row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
             out.add("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
@@ -77,6 +79,8 @@ class SweepPrinter:
         self._key_tile(sweep, online)
         out.close()
         out.close()
+        for name in rounded_rows:
+            out.add(f"{name} = joined({name}_high, {name}_low, TERMS)")
         if online:
             out.add("row_sum = tl.where(row_valid, row_sum, 0.0)")
             return
@@ -98,16 +102,19 @@ class SweepPrinter:
                 f"{column}_base, start_n, seqlen_k, {column}_stride_n, {width}, BLOCK_K, {block}, segment != 1)"
             )
         for score in sweep.scores:
-            if score.row in self.program.row_inputs:
-                product = f"row_product({score.row}, {score.row}, {score.col}, 1, INPUT_PRECISION)"
-            else:
-                product = f"row_product({score.row}_high, {score.row}_low, {score.col}, TERMS, INPUT_PRECISION)"
-            center = f" - {score.center}[:, None]" if score.center else ""
+            operands = f"{score.row}, {score.row}, {score.col}, 1"
+            if score.row not in self.program.row_inputs:
+                operands = f"{score.row}_high, {score.row}_low, {score.col}, TERMS"
+            value = f"row_product({operands}, INPUT_PRECISION, {'WIDE' if score.wide else 'False'})"
+            if score.center:
+                value += f" - {score.center}[:, None]"
+            if score.wide:
+                value = f"({value}).to(tl.float32)"
             if score is sweep.scores[0]:
-                out.add(f"{score.name} = ({product}{center}) * scale_log2")
+                value = f"({value}) * scale_log2" if score.center else f"{value} * scale_log2"
+            out.add(f"{score.name} = {value}")
+            if score is sweep.scores[0]:
                 self._weights(sweep, score.name, online)
-            else:
-                out.add(f"{score.name} = {product}{center}")
         for accumulator in sweep.accumulators:
             weight = "p"
             if not online:
