@@ -1,4 +1,4 @@
-"""What every benchmark shares: its command line, the record of where it ran, a table to read and a JSON file to keep."""
+"""What every benchmark shares: its options, the record of where it ran, a table to read and a JSON file to keep."""
 
 from __future__ import annotations
 

@@ -39,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def tables(directory: Path) -> str:
     """Markdown of what the directory has; a benchmark without a file is left out."""
+    sections = {
+        "forward": _forward, "accuracy": _accuracy, "sweeps": _sweeps, "memory": _memory, "overhead": _overhead
+    }  # fmt: skip
     parts = []
-    for name, section in (
-        ("forward", _forward), ("accuracy", _accuracy), ("sweeps", _sweeps), ("memory", _memory), ("overhead", _overhead)
-    ):  # fmt: skip
+    for name, section in sections.items():
         path = directory / f"{name}.json"
         if path.exists():
             document = json.loads(path.read_text(encoding="utf-8"))
@@ -70,7 +71,8 @@ def _forward(rows: list[dict]) -> str:
             for op, _, precision in columns
         ]
         lines.append((*shape, *cells))
-    return "Forward, causal, milliseconds:\n\n" + _markdown(["N", "D", "B·H", *(title for _, title, _ in columns)], lines)
+    header = ["N", "D", "B·H", *(title for _, title, _ in columns)]
+    return "Forward, causal, milliseconds:\n\n" + _markdown(header, lines)
 
 
 def _accuracy(rows: list[dict]) -> str:
@@ -98,10 +100,8 @@ def _sweeps(rows: list[dict]) -> str:
 
 
 def _memory(rows: list[dict]) -> str:
-    lines = [
-        (*(row[name] for name in ("seqlen", "head_dim", "batch_heads")), _cell(row, "extra_mib"), _cell(row, "output_mib"))
-        for row in rows
-    ]
+    shape = ("seqlen", "head_dim", "batch_heads")
+    lines = [(*(row[name] for name in shape), *(_cell(row, f"{x}_mib") for x in ("extra", "output"))) for row in rows]
     return "Peak memory beyond inputs and output, MiB:\n\n" + _markdown(["N", "D", "B·H", "extra", "output"], lines)
 
 
