@@ -92,12 +92,12 @@ def load_tile(
 def store_tile(
     base, value, start, stop, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):
-    """Inverse of :func:`load_tile`: what lies outside is not written."""
+    """Inverse of :func:`load_tile`: what lies outside is not written, and float16 saturates."""
     rows = tl.arange(0, BLOCK)
     columns = tl.arange(0, BLOCK_WIDTH)
     pointers = base + tl.cast(start, tl.int64) * stride + (rows.to(tl.int64) * stride)[:, None] + columns[None, :]
     mask = (start + rows < stop)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(pointers, value.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(value, base.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lla_compile.precision import split_terms
@@ -15,6 +16,7 @@ _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _MAX_REGISTERS = 255  # of a thread; what is left for addresses and row state beyond the tiles follows
 _REGISTERS_BESIDE_TILES = 40
 _MMA_ROWS = 16  # rows of query that one warp needs to own in a matrix instruction
+_BARRIER_BYTES = 256
 
 
 def padded_width(head_dim: int) -> int:
@@ -22,31 +24,70 @@ def padded_width(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def shared_memory_bytes(spec: LLASpec, config: KernelConfig) -> int:
-    """Shared memory of a block: the row operands and the key and value tiles of every pipeline stage.
+@dataclass(frozen=True)
+class _Placement:
+    """Where a generation of tensor cores wants the operands of a tile product.
 
-    The output sweep needs most. A `fused` kernel computes its probe in registers, a `split` one loads it.
+    Attributes:
+        rows_in_shared: computed row operands (direction, probe) go through shared memory, else they stay in registers.
+        weights_in_shared: so do the weights, because warps exchange their columns.
+        stages: key tiles in shared memory at a time.
+        extra_bytes: what the instructions need beside the tiles.
     """
-    item = _ITEM_BYTES[spec.dtype]
-    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    row_operands = 1 if config.schedule == "fused" else 1 + split_terms(spec.dtype, spec.precision)
-    rows = config.block_q * width * row_operands
+
+    rows_in_shared: bool
+    weights_in_shared: bool
+    stages: int
+    extra_bytes: int = 0
+
+
+def _placement(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> _Placement:
+    capability = float(device.compute_capability)
+    width = max(padded_width(spec.head_dim), padded_width(spec.head_dim_v))
     stages = max(config.num_stages, 1)
-    return item * (rows + stages * config.block_k * (width + width_v))
+    loaded = config.schedule == "split"  # a split sweep loads its row operands instead of computing them
+    if 9 <= capability < 10:  # wgmma: four warps own 64 rows; more of them share rows
+        crossed = config.num_warps > 4 and config.block_q < _MMA_ROWS * config.num_warps
+        return _Placement(crossed or loaded or spec.dtype == "float32", crossed, stages)
+    if 10 <= capability < 12:  # tcgen05: operands come from shared memory
+        return _Placement(True, False, stages, _BARRIER_BYTES)
+    # mma.sync: the tile in use is in registers, and wide products lay the warps along columns
+    crossed = config.block_q < width or config.block_q < config.block_k
+    return _Placement(crossed or loaded, crossed, max(stages - 1, 1))
 
 
-def registers_per_thread(spec: LLASpec, config: KernelConfig) -> int:
+def _row_terms(spec: LLASpec) -> int:
+    """Copies of a row operand: the terms of a split, or the three of a tf32x3 product."""
+    if spec.dtype == "float32":
+        return 3 if spec.precision == "accurate" else 1
+    return split_terms(spec.dtype, spec.precision)
+
+
+def shared_memory_bytes(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
+    """Shared memory of a block in the output sweep, which needs most: row operands, weights, key and value tiles."""
+    placement, terms = _placement(spec, config, device), _row_terms(spec)
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    elements = config.block_q * width + placement.stages * config.block_k * (width + width_v)
+    if placement.rows_in_shared:
+        elements += terms * config.block_q * width
+    if placement.weights_in_shared:
+        elements += terms * config.block_q * config.block_k
+    return _ITEM_BYTES[spec.dtype] * elements + placement.extra_bytes
+
+
+def registers_per_thread(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
     """32-bit registers that the tiles of the hottest loop take: the accumulator, two score tiles and the operands.
 
     Row state (probe, residual, direction) is not in it: it is idle during the loop, and the compiler moves it to
     local memory around the loop at little cost.
     """
     item = _ITEM_BYTES[spec.dtype]
-    terms = split_terms(spec.dtype, spec.precision)
+    placement, terms = _placement(spec, config, device), split_terms(spec.dtype, spec.precision)
     width = max(padded_width(spec.head_dim), padded_width(spec.head_dim_v))
     accumulator = config.block_q * width
     scores = 2 * config.block_q * config.block_k
-    operands = terms * config.block_q * (width + config.block_k) * item // 4
+    columns = config.block_k + (0 if placement.rows_in_shared else width)
+    operands = terms * config.block_q * columns * item // 4
     return (accumulator + scores + operands) // (32 * config.num_warps) + _REGISTERS_BESIDE_TILES
 
 
@@ -56,10 +97,10 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
         return f"block_q {config.block_q} leaves {config.num_warps} warps without {_MMA_ROWS} rows each"
     if config.num_warps > 4 and config.block_q < _MMA_ROWS * config.num_warps and config.block_k < 64:
         return f"{config.num_warps} warps share {config.block_q} rows, which needs block_k >= 64"
-    shared = shared_memory_bytes(spec, config)
+    shared = shared_memory_bytes(spec, config, device)
     if shared > device.shared_memory_per_block:
         return f"shared memory {shared} B > {device.shared_memory_per_block} B of a block on {device.id}"
-    registers = registers_per_thread(spec, config)
+    registers = registers_per_thread(spec, config, device)
     if registers > _MAX_REGISTERS:
         return f"about {registers} registers a thread > {_MAX_REGISTERS}: the inner loop would spill"
     if config.num_warps * 32 * min(registers, _MAX_REGISTERS) > device.registers_per_sm:

@@ -240,6 +240,8 @@ if SCALE_TENSOR:
     def _info(self, missing: list[str]) -> None:
         """Diagnosis, by the last kernel: its values are final there."""
         out = self.out
+        if not self.program.info:
+            return
         out.open("if RETURN_INFO:")
         for name in self.program.info:
             if name in missing and self.crossing:

@@ -150,8 +150,9 @@ def test_extra_memory_is_linear_in_the_length(schedule):
         extra[seqlen] = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
         inputs = 4 * out.numel() * out.element_size()
         assert extra[seqlen] <= (4096 if schedule == "fused" else 4 * inputs), extra
+    allocator_block = 2 << 20  # large requests are rounded up to it
     for seqlen, size in extra.items():
-        assert size <= seqlen / 1024 * extra[1024] + 4096, extra
+        assert size <= seqlen / 1024 * extra[1024] + allocator_block, extra
 
 
 def test_host_overhead_over_a_bare_launch():
