@@ -82,7 +82,7 @@ def find_device(name: str) -> tuple[DeviceInfo, torch.device]:
     for device, info in here.items():
         if info.id == name:
             return info, device
-    wanted = resolve(name)
+    wanted = resolve(name, here.values())
     for device, info in here.items():
         if info.id == wanted.id:
             return info, device

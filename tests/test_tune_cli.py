@@ -133,6 +133,14 @@ def test_a_gpu_that_is_not_here_is_refused_with_what_is(tmp_path, capsys, monkey
     assert not (tmp_path / "overlay").exists() and not (tmp_path / "state").exists()
 
 
+def test_an_alias_of_two_products_means_the_one_in_the_machine(monkeypatch):
+    large = resolve("nvidia-a100-80gb")
+    monkeypatch.setattr(tune.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(tune, "identify", lambda device: large if device.type == "cuda" else resolve("cpu"))
+    assert tune.find_device("a100") == (large, torch.device("cuda", 0))
+
+
+
 def test_a_gpu_that_is_here_is_found_by_any_of_its_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(tune, "identify", lambda device: resolve("h200" if device.type == "cuda" else "cpu"))
