@@ -26,7 +26,7 @@ _SPLIT_TERMS = {
 _ERROR_LIMITS = {
     ("16-bit", "fast"): ((1.0, 8e-3), (0.1, 2.7e-2)),
     ("16-bit", "accurate"): ((0.1, 2.5e-3), (0.01, 5e-3)),
-    ("float32", "fast"): ((1.0, 5e-3), (0.1, 2e-2)),
+    ("float32", "fast"): ((1.0, 8e-3), (0.1, 5e-2)),  # tf32: rounded within the product, so nothing else knows of it
     ("float32", "accurate"): ((0.1, 1e-5),),
     ("float64", "fast"): ((0.1, 1e-4),),
     ("float64", "accurate"): ((0.01, 1e-9),),

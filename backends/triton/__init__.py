@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 _MIN_COMPUTE_CAPABILITY = 8.0
 
 
-def interpreting() -> bool:
-    """Whether TRITON_INTERPRET asks Triton to run kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
 class TritonBackend:
     """See :class:`lla_compile.backends.Backend`."""
 
@@ -37,7 +31,7 @@ class TritonBackend:
             return "Triton is not installed (pip install triton; Linux only)"
         if spec.dtype not in ("float16", "bfloat16", "float32"):
             return f"{spec.dtype} has no tensor-core products; the eager backend runs it"
-        if interpreting():
+        if resources.interpreting():
             # Triton's interpreter computes bfloat16 products wrongly.
             return "Triton's interpreter cannot multiply bfloat16" if spec.dtype == "bfloat16" else None
         if device.vendor != "nvidia":
@@ -55,7 +49,7 @@ class TritonBackend:
         return config_module.search_space(spec, device)
 
     def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
-        return None if interpreting() else resources.infeasible(spec, config, device)
+        return resources.infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
         return _source_hash(spec.op, spec.phase, config.schedule)

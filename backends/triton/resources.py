@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -20,6 +21,11 @@ _REGISTERS_BESIDE_TILES = 40
 _MMA_ROWS = 16  # rows of query that one warp needs to own in a matrix instruction
 _BARRIER_BYTES = 256
 _FUSED_ON_TCGEN05 = (3, 9)  # 3.6 fails in its tensor-memory layout pass; the versions between were not tried
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET asks Triton to run kernels on the CPU, where no limit of a GPU holds."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 def padded_width(head_dim: int) -> int:
@@ -102,6 +108,8 @@ def registers_per_thread(spec: LLASpec, config: KernelConfig, device: DeviceInfo
 
 def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
     """The limit that ``config`` breaks on ``device``, in words, or None."""
+    if interpreting():
+        return None
     if _is_tcgen05(device) and config.schedule == "fused" and _triton_version() < _FUSED_ON_TCGEN05:
         needed = ".".join(map(str, _FUSED_ON_TCGEN05))
         return f"Triton before {needed} does not compile the fused kernel for compute capability 10"
