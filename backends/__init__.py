@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from lla_compile.devices import DeviceInfo
-    from lla_compile.plan import KernelConfig, Plan
+    from lla_compile.plans import KernelConfig, Plan
     from lla_compile.spec import LLASpec
 
 # In order of preference when nothing is tuned.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lla_compile.plan import Plan
+from lla_compile.plans import Plan
 from lla_compile.reference import lla_reference
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.problem import normal_inputs

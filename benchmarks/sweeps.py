@@ -13,7 +13,7 @@ from benchmarks.problems import Shape
 from benchmarks.report import Benchmark, Row, Target
 from benchmarks.timing import Launch, time_all
 from lla_compile import backends, plan
-from lla_compile.plan import KernelConfig, Plan, Source
+from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.tuner.outcome import one_line
 
 FEWER, MORE = 4, 8

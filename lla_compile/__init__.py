@@ -2,7 +2,7 @@
 
 from lla_compile.attention import SolveInfo, lla_attention, plan
 from lla_compile.dispatch import clear_cache
-from lla_compile.plan import Plan
+from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
 __version__ = "0.1.0"

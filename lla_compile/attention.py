@@ -8,7 +8,7 @@ import torch
 
 from lla_compile import arguments, devices, dispatch, ops
 from lla_compile.devices import DeviceInfo
-from lla_compile.plan import Plan
+from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)

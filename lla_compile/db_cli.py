@@ -10,7 +10,7 @@ from typing import Iterator
 
 from lla_compile.devices import DeviceInfo, identify_properties, known_devices, resolve
 from lla_compile.key import TuningKey
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuning_db import store, yaml_format
 from lla_compile.tuning_db.document import DeviceHeader, Document

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from lla_compile import arguments, backends, planner
-from lla_compile.plan import Plan
+from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec, check_ridge
 
 # Enough for every layer and length of a long-running server, small enough that lengths which never come back go.

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Callable, Mapping
 
 from lla_compile.key import bucket_of_spec, key_of
-from lla_compile.plan import KernelConfig, Plan, Source
+from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.spec import LLASpec
 
 if TYPE_CHECKING:

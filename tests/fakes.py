@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lla_compile.plan import KernelConfig, Source
+from lla_compile.plans import KernelConfig, Source
 
 
 class FakeBackend:

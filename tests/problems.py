@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lla_compile import backends
 from lla_compile.devices import resolve
-from lla_compile.plan import KernelConfig, Plan, Source
+from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.reference import lla_reference
 from lla_compile.spec import LLASpec
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lla_compile import backends
 from lla_compile.backends.eager import interpreter
 from lla_compile.expr import dot, log2, row, tile, vector
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.precision import error_limit
 from lla_compile.spec import LLASpec
 from lla_compile.sweeps import P, Accumulator, Assign, Score, Sweep, SweepList

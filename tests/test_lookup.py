@@ -10,7 +10,7 @@ from tuned import KEY, TOOLCHAIN, make_entry
 
 from lla_compile.devices import identify_properties, resolve
 from lla_compile.key import Bucket, bucket_of
-from lla_compile.plan import Source
+from lla_compile.plans import Source
 from lla_compile.tuning_db import lookup, record, store
 
 lookup_module = importlib.import_module("lla_compile.tuning_db.lookup")  # the package's attribute is the function

@@ -7,7 +7,7 @@ from problems import CPU
 
 from lla_compile import LLASpec
 from lla_compile.key import Bucket
-from lla_compile.plan import Source
+from lla_compile.plans import Source
 from lla_compile.planner import TuningMiss, forget_reports, make_plan, report_miss, tune_command
 
 GPU = replace(

@@ -13,7 +13,7 @@ from cubin import Cubin, compile_cubins
 from lla_compile import backends
 from lla_compile.backends.triton import resources
 from lla_compile.devices import DeviceInfo, known_devices, resolve
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

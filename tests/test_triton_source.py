@@ -13,7 +13,7 @@ from lla_compile.backends import triton as triton_backend
 from lla_compile.backends.triton import source
 from lla_compile.devices import resolve
 from lla_compile.expr import dot, log2, rounded, row, tile, vector, where
-from lla_compile.plan import SCHEDULES, KernelConfig
+from lla_compile.plans import SCHEDULES, KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.sweeps import P, Accumulator, Assign, Score, Sweep, SweepList
 
@@ -21,7 +21,7 @@ SPEC = LLASpec("bfloat16", 64, 64, 1, 8, 8, 1024, 1024)
 CONFIGS = {name: KernelConfig("triton", name, 64, 64, 32, 4, 2) for name in SCHEDULES}
 HASHES = """
 from lla_compile import LLASpec, backends
-from lla_compile.plan import SCHEDULES, KernelConfig
+from lla_compile.plans import SCHEDULES, KernelConfig
 spec = LLASpec("bfloat16", 64, 64, 1, 8, 8, 1024, 1024)
 print(*(backends.get("triton").source_hash(spec, KernelConfig("triton", s, 64, 64, 32, 4, 2)) for s in SCHEDULES))
 """

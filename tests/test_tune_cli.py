@@ -15,7 +15,7 @@ from tune_landscape import Landscape, LandscapeTimer
 from lla_compile import backends, tune
 from lla_compile.devices import identify, resolve
 from lla_compile.key import bucket_of_spec, key_of
-from lla_compile.plan import Source
+from lla_compile.plans import Source
 from lla_compile.spec import LLASpec
 from lla_compile.tuner import evaluate, storage
 from lla_compile.tuning_db import lookup, read, store

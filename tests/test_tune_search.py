@@ -10,7 +10,7 @@ import pytest
 from tune_landscape import BEST, PRESET, SPEC, Landscape, evaluator, milliseconds, problem
 
 from lla_compile.backends import CompileError
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost, Kind, Outcome
 from lla_compile.tuner.search import Budget, Search, evaluated, failures, ranked

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from lla_compile.devices import identify
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.reference import lla_reference
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.evaluate import Evaluator

@@ -1,7 +1,7 @@
 """Database entries for tests: one plausible entry, with whatever a test wants different."""
 
 from lla_compile.key import Bucket, TuningKey
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.tuning_db import Entry
 
 TOOLCHAIN = {"torch": "2.11.0", "triton": "3.6.0", "cuda": "13.0", "driver": "580.159.03"}

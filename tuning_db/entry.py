@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Mapping
 
 from lla_compile.key import Bucket, TuningKey, bucket_of
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 
 PROVENANCES = ("measured", "predicted")
 

@@ -10,7 +10,7 @@ from typing import Callable, Iterator
 
 from lla_compile.devices import DeviceInfo
 from lla_compile.key import Bucket, TuningKey
-from lla_compile.plan import KernelConfig, Source
+from lla_compile.plans import KernelConfig, Source
 from lla_compile.tuning_db import store
 from lla_compile.tuning_db.entry import Entry
 

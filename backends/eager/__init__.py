@@ -8,13 +8,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
 
-from lla_compile.plan import SCHEDULES, KernelConfig
+from lla_compile.plans import SCHEDULES, KernelConfig
 from lla_compile.sweeps import lower
 
 if TYPE_CHECKING:
     from lla_compile.backends import Executable
     from lla_compile.devices import DeviceInfo
-    from lla_compile.plan import Plan
+    from lla_compile.plans import Plan
     from lla_compile.spec import LLASpec
 
 _BLOCKS = (32, 64, 128, 256, 512)

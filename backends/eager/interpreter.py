@@ -14,7 +14,7 @@ from lla_compile.backends.eager.evaluate import Value, evaluate
 from lla_compile.sweeps import Loop, Sweep, lower
 
 if TYPE_CHECKING:
-    from lla_compile.plan import Plan
+    from lla_compile.plans import Plan
 
 _LOG2_E = math.log2(math.e)
 

@@ -15,7 +15,7 @@ from lla_compile.backends.triton.source import print_module
 if TYPE_CHECKING:
     from lla_compile.backends import Executable
     from lla_compile.devices import DeviceInfo
-    from lla_compile.plan import KernelConfig, Plan
+    from lla_compile.plans import KernelConfig, Plan
     from lla_compile.spec import LLASpec
 
 _MIN_COMPUTE_CAPABILITY = 8.0

@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends.triton.resources import infeasible, padded_width
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo

@@ -15,7 +15,7 @@ from lla_compile.precision import is_wide, split_terms, weight_shift
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
-    from lla_compile.plan import KernelConfig, Plan
+    from lla_compile.plans import KernelConfig, Plan
     from lla_compile.spec import LLASpec
 
 _INPUT_PRECISION = {"fast": "tf32", "accurate": "tf32x3"}  # of float32 tile products; 16-bit ones ignore it

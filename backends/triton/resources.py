@@ -12,7 +12,7 @@ from lla_compile.precision import split_terms
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
-    from lla_compile.plan import KernelConfig
+    from lla_compile.plans import KernelConfig
     from lla_compile.spec import LLASpec
 
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}

@@ -17,7 +17,7 @@ from typing import Callable, Sequence
 
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.outcome import Kind, Outcome, one_line, outcome_of
 

@@ -9,7 +9,7 @@ from typing import Mapping
 import torch
 
 from lla_compile.backends import Backend, Executable
-from lla_compile.plan import KernelConfig, Plan, Source
+from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.outcome import DeviceLost, Kind, Outcome, one_line, outcome_of
 from lla_compile.tuner.presets import Preset

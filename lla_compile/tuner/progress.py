@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lla_compile.key import key_of
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.session import KeyResult
 from lla_compile.tuner.study import Record

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Callable, Iterable, Protocol
 
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import FAILURES, DeviceLost, Kind, Outcome
 from lla_compile.tuner.space import SearchSpace

@@ -10,7 +10,7 @@ from typing import Protocol, Sequence
 import optuna
 
 from lla_compile.key import key_of
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.compile_pool import CompilePool
 from lla_compile.tuner.evaluate import Evaluator

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
 from lla_compile import backends
 from lla_compile.backends import Backend
 from lla_compile.devices import DeviceInfo
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 
 if TYPE_CHECKING:

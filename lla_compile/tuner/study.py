@@ -13,7 +13,7 @@ from typing import Iterator, Sequence
 import optuna
 from optuna.trial import TrialState
 
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.tuner.outcome import Outcome
 from lla_compile.tuner.space import SearchSpace
 from lla_compile.tuner.timing import Timing

@@ -8,7 +8,7 @@ from typing import Sequence
 
 from lla_compile.devices import DeviceInfo
 from lla_compile.key import Bucket, bucket_of_spec, key_of
-from lla_compile.plan import KernelConfig
+from lla_compile.plans import KernelConfig
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.search import failures
 from lla_compile.tuner.space import SearchSpace
