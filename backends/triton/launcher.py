@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 _INPUT_PRECISION = {"fast": "tf32", "accurate": "tf32x3"}  # of float32 tile products; 16-bit ones ignore it
 _NO_FLOAT64_PRODUCTS = 10.0  # compute capability from which Triton 3.6 does not compile them
-# Heads run in groups whose keys and values take at most this share of the L2. On an H200 groups of 8 to 16 MB were the
-# fastest at every size tried; all heads at once cost up to 15 % at N = 16384.
+# Heads run in groups whose keys and values take at most this share of the L2. On an H200 groups of 4 to 32 MB were
+# within 2 % of the fastest at most sizes tried; all heads at once cost up to 15 % at N = 16384.
 _L2_SHARE = 0.2
 
 
