@@ -36,7 +36,7 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
                 row["iterations_mean"] = info.iterations.double().mean().item()
                 row["iterations_max"] = info.iterations.max().item()
                 row["residual_max"] = info.residual.max().item()
-            except Exception as error:
+            except Exception as error:  # recorded as the row's failure; the others still run
                 row["failure"] = one_line(error)
     return rows
 

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None, benchmarks: Sequence[Benchmark] = BE
         row = {"benchmark": benchmark.name, "failure": None}
         try:
             row["file"] = benchmark.measure(benchmark.parser().parse_args(argv)).name
-        except Exception as error:
+        except Exception as error:  # recorded; the others still run
             row["failure"] = one_line(error)
         row["seconds"] = time.perf_counter() - start
         rows.append(row)

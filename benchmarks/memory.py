@@ -30,7 +30,7 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
         rows.append(row)
         try:
             row |= measure(shape, options.dtype, target)
-        except Exception as error:
+        except Exception as error:  # recorded as the row's failure; the others still run
             row["failure"] = one_line(error)
     return rows
 

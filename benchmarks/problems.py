@@ -24,17 +24,8 @@ class Shape:
     batch_heads: int
 
     def spec(self, dtype: str, precision: str = "accurate", **fields) -> LLASpec:
-        return LLASpec(
-            dtype=dtype,
-            head_dim=self.head_dim,
-            head_dim_v=self.head_dim,
-            batch=1,
-            num_heads=self.batch_heads,
-            num_kv_heads=self.batch_heads,
-            seqlen_q=self.seqlen,
-            seqlen_k=self.seqlen,
-            precision=precision,
-            **fields,
+        return LLASpec.self_attention(
+            dtype, self.head_dim, self.seqlen, self.batch_heads, precision=precision, **fields
         )
 
     def inputs(self, dtype: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -221,19 +221,16 @@ def _entry_problem(entry: Entry, device: DeviceInfo) -> str | None:
     if entry.measured and entry.result["error"] > entry.result.get("error_limit", float("inf")):
         return f"error {entry.result['error']:.1e} is above the limit {entry.result['error_limit']:.1e}"
     try:
-        spec = LLASpec(
+        spec = LLASpec.self_attention(
+            key.dtype,
+            key.head_dim,
+            tuned.seqlen,
+            tuned.batch_heads,
+            key.head_dim_v,
             op=key.op,
             phase=key.phase,
-            dtype=key.dtype,
-            head_dim=key.head_dim,
-            head_dim_v=key.head_dim_v,
             precision=key.precision,
             is_causal=key.causal,
-            batch=1,
-            num_heads=tuned.batch_heads,
-            num_kv_heads=tuned.batch_heads,
-            seqlen_q=tuned.seqlen,
-            seqlen_k=tuned.seqlen,
         )
         backend = backends.get(entry.config.backend)
     except ValueError as error:

@@ -91,6 +91,26 @@ class LLASpec:
         elif not (isinstance(self.cg_tol, (int, float)) and 0 <= self.cg_tol < 1):
             raise ValueError(f"cg_tol must be a number with 0 <= cg_tol < 1, got {self.cg_tol!r}")
 
+    @classmethod
+    def self_attention(
+        cls, dtype: str, head_dim: int, seqlen: int, batch_heads: int, head_dim_v: int | None = None, **fields
+    ) -> LLASpec:
+        """``batch_heads`` independent heads whose queries and keys are one sequence: what is tuned and measured.
+
+        ``head_dim_v`` follows ``head_dim`` unless given; ``fields`` are any others of the class.
+        """
+        return cls(
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim if head_dim_v is None else head_dim_v,
+            batch=1,
+            num_heads=batch_heads,
+            num_kv_heads=batch_heads,
+            seqlen_q=seqlen,
+            seqlen_k=seqlen,
+            **fields,
+        )
+
     @property
     def group_size(self) -> int:
         """Query heads that share one key and value head."""

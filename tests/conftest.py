@@ -3,4 +3,19 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    """No overlay and no environment of the user's, and nothing remembered of them."""
+    from lla_compile import clear_cache
+
+    for name in ("BACKENDS", "STRICT", "DEBUG"):
+        monkeypatch.delenv(f"LLA_COMPILE_{name}", raising=False)
+    monkeypatch.setenv("LLA_COMPILE_TUNING_DB", str(tmp_path))
+    clear_cache()
+    yield
+    clear_cache()

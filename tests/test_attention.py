@@ -13,14 +13,7 @@ from lla_compile import LLASpec, SolveInfo, attention, clear_cache, lla_attentio
 from lla_compile.reference import lla_reference
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch, tmp_path):
-    for name in ("BACKENDS", "STRICT", "DEBUG"):
-        monkeypatch.delenv(f"LLA_COMPILE_{name}", raising=False)
-    monkeypatch.setenv("LLA_COMPILE_TUNING_DB", str(tmp_path))
-    clear_cache()
-    yield
-    clear_cache()
+pytestmark = pytest.mark.usefixtures("clean")
 
 
 def attend(problem, **options):

@@ -21,12 +21,20 @@ if TYPE_CHECKING:
 _INPUT_PRECISION = {"fast": "tf32", "accurate": "tf32x3"}  # of float32 tile products; 16-bit ones ignore it
 _NO_FLOAT64_PRODUCTS = 10.0  # compute capability from which Triton 3.6 does not compile them
 # Heads run in groups whose keys and values take at most this share of the L2. On an H200 groups of 4 to 32 MB were
-# within 2 % of the fastest at most sizes tried; all heads at once cost up to 15 % at N = 16384.
+# within 8 % of the fastest at every size tried; all heads at once cost up to 15 % at N = 16384.
 _L2_SHARE = 0.2
 
 
-def constants(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> dict[str, object]:
-    """Compile-time values that the spec, the configuration and the device decide."""
+def constants(
+    spec: LLASpec,
+    config: KernelConfig,
+    device: DeviceInfo,
+    *,
+    ridge_tensor: bool = False,
+    scale_tensor: bool = False,
+    return_info: bool = False,
+) -> dict[str, object]:
+    """Compile-time values that the spec, the configuration, the device and the kinds of the arguments decide."""
     return {
         "HEAD_DIM": spec.head_dim,
         "HEAD_DIM_V": spec.head_dim_v,
@@ -41,6 +49,9 @@ def constants(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> dict[s
         "INPUT_PRECISION": _INPUT_PRECISION[spec.precision],
         "WIDE": is_wide(spec.dtype, spec.precision) and float(device.compute_capability or 0) < _NO_FLOAT64_PRODUCTS,
         "WEIGHT_SHIFT": weight_shift(spec.dtype),
+        "RIDGE_TENSOR": ridge_tensor,
+        "SCALE_TENSOR": scale_tensor,
+        "RETURN_INFO": return_info,
     }
 
 
@@ -49,16 +60,13 @@ def compile_variant(
     config: KernelConfig,
     device: DeviceInfo,
     *,
-    ridge_tensor: bool = False,
-    scale_tensor: bool = False,
-    return_info: bool = False,
     aligned: bool = True,
+    **kinds: bool,
 ) -> list:
-    """Compile every kernel of a plan for one combination of argument kinds, in order of launch."""
+    """Compile every kernel of a plan for one combination of argument kinds (see :func:`constants`), in launch order."""
     module = print_module(spec.op, spec.phase, config.schedule)
     functions = load_functions(spec.op, spec.phase, config.schedule)
-    values = constants(spec, config, device)
-    values |= {"RIDGE_TENSOR": ridge_tensor, "SCALE_TENSOR": scale_tensor, "RETURN_INFO": return_info}
+    values = constants(spec, config, device, **kinds)
     absent = _absent(module, values)
     return [
         compile_kernel(
@@ -94,7 +102,6 @@ class Launcher:
         self._spec = spec
         self._dtype = getattr(torch, spec.dtype)
         self._module = print_module(spec.op, spec.phase, config.schedule)
-        self._values = constants(spec, config, device)
         self._grid = (triton.cdiv(spec.seqlen_q, config.block_q) * spec.batch_heads, 1, 1)
         self._stride_elements = 16 // self._dtype.itemsize
         self._counts = (
@@ -155,28 +162,22 @@ class Launcher:
     def _allocate_state(self, q: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """What crosses the launches of a split schedule: Theta(n d), in two allocations."""
         state = torch.empty(sum(self._state_sizes), dtype=torch.float32, device=q.device).split(self._state_sizes)
-        names, terms = self._module.rounded_state, self._values["TERMS"]
+        names, terms = self._module.rounded_state, split_terms(self._spec.dtype, self._spec.precision)
         rounded = torch.empty(len(names) * terms * self._rounded_size, dtype=q.dtype, device=q.device)
         chunks = iter(rounded.split(self._rounded_size))
         return (*state, *(next(chunks) if term < terms else None for _ in names for term in range(2)))
 
     def _bind(self, ridge_tensor: bool, scale_tensor: bool, return_info: bool, aligned: bool) -> list[Callable]:
         """One callable per launch; the repeated kernel stands in the list once per CG iteration."""
-        values = self._values | {"RIDGE_TENSOR": ridge_tensor, "SCALE_TENSOR": scale_tensor, "RETURN_INFO": return_info}
+        spec, config, device = self._plan.spec, self._plan.config, self._plan.device
+        kinds = dict(ridge_tensor=ridge_tensor, scale_tensor=scale_tensor, return_info=return_info)
+        values = constants(spec, config, device, **kinds)
         fixed = [values[name] for name in CONSTEXPRS]
         if triton.knobs.runtime.interpret:
-            functions = load_functions(self._spec.op, self._spec.phase, self._plan.config.schedule)
+            functions = load_functions(spec.op, spec.phase, config.schedule)
             runners = [functions[kernel.name][self._grid] for kernel in self._module.kernels]
         else:
-            compiled = compile_variant(
-                self._spec,
-                self._plan.config,
-                self._plan.device,
-                ridge_tensor=ridge_tensor,
-                scale_tensor=scale_tensor,
-                return_info=return_info,
-                aligned=aligned,
-            )
+            compiled = compile_variant(spec, config, device, aligned=aligned, **kinds)
             runners = [kernel[self._grid] for kernel in compiled]
         launches: list[Callable] = []
         for kernel, runner in zip(self._module.kernels, runners):

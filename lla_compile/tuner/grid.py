@@ -36,18 +36,8 @@ class Grid:
             self.seqlens, self.batch_heads,
         )  # fmt: skip
         return [
-            LLASpec(
-                phase=phase,
-                dtype=dtype,
-                is_causal=causal,
-                head_dim=head_dim,
-                head_dim_v=head_dim if head_dim_v is None else head_dim_v,
-                precision=precision,
-                seqlen_q=seqlen,
-                seqlen_k=seqlen,
-                batch=1,
-                num_heads=heads,
-                num_kv_heads=heads,
+            LLASpec.self_attention(
+                dtype, head_dim, seqlen, heads, head_dim_v, phase=phase, is_causal=causal, precision=precision
             )
             for phase, dtype, causal, head_dim, head_dim_v, precision, seqlen, heads in combinations
         ]
