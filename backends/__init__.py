@@ -21,15 +21,19 @@ class Executable(Protocol):
     """A plan bound to everything but the tensors: calling it launches work and never waits for it."""
 
     def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        ridge: float | torch.Tensor,
-        scale: float | torch.Tensor,
-        return_info: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Return output (B, Hq, N, Dv), iterations (B, Hq, N) int32 and residual (B, Hq, N) float32 or None."""
+        self, inputs: Mapping[str, torch.Tensor | float], wanted: tuple[str, ...]
+    ) -> Mapping[str, torch.Tensor]:
+        """Compute outputs of the plan's sweeps (see :class:`lla_compile.sweeps.SweepList`).
+
+        Args:
+            inputs: by name. The row and key inputs of the sweeps, with a last stride of 1; what is given, laid out as
+                :func:`lla_compile.storage.allocate` does; ``ridge``, a number or a (B, Hq, N) tensor; ``scale``, a
+                number or a 0-dim tensor; ``cu_seqlens_q`` and ``cu_seqlens_k``, int32, if sequences are packed.
+            wanted: the outputs to compute; nothing that only others depend on is.
+
+        Returns:
+            ``wanted`` by name, as :func:`lla_compile.storage.allocate` lays them out.
+        """
 
 
 class Backend(Protocol):

@@ -1,9 +1,19 @@
 """Local Linear Attention, compiled: a planner, backends, a tuner and a database of tuned plans."""
 
-from lla_compile.attention import SolveInfo, lla_attention, plan
+from lla_compile.attention import SolveInfo, lla_attention, lla_attention_varlen, plan
+from lla_compile.autograd import AdjointInfo
 from lla_compile.dispatch import clear_cache
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
 __version__ = "0.1.0"
-__all__ = ["LLASpec", "Plan", "SolveInfo", "clear_cache", "lla_attention", "plan"]
+__all__ = [
+    "AdjointInfo",
+    "LLASpec",
+    "Plan",
+    "SolveInfo",
+    "clear_cache",
+    "lla_attention",
+    "lla_attention_varlen",
+    "plan",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,17 @@ from lla_compile.spec import DTYPES, MAX_HEAD_DIM, LLASpec, check_ridge
 
 _AXES = "(batch, heads, seqlen, head_dim)"
 _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
+
+
+class Options(NamedTuple):
+    """The options of a call, as :func:`lla_compile.lla_attention` documents them."""
+
+    is_causal: bool = True
+    window_size: int | None = None
+    precision: str = "accurate"
+    cg_tol: float | None = None
+    cg_max_iters: int | None = None
+    backend: str | None = None
 
 
 def check_tensors(q, k, v) -> None:
@@ -54,11 +66,11 @@ def check_tensors(q, k, v) -> None:
         )
 
 
-def spec_of(q, k, v, is_causal, window_size, precision, cg_tol, cg_max_iters) -> LLASpec:
+def spec_of(q, k, v, options: Options, num_sequences: int | None = None, phase: str = "forward") -> LLASpec:
     """The spec of a call. Raises like :func:`check_tensors`, and as LLASpec does for the options."""
     check_tensors(q, k, v)
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    if not isinstance(options.is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {options.is_causal!r}")
     return LLASpec(
         dtype=_name(q.dtype),
         head_dim=q.shape[3],
@@ -68,12 +80,46 @@ def spec_of(q, k, v, is_causal, window_size, precision, cg_tol, cg_max_iters) ->
         num_kv_heads=k.shape[1],
         seqlen_q=q.shape[2],
         seqlen_k=k.shape[2],
-        is_causal=is_causal,
-        window_size=window_size,
-        precision=precision,
-        cg_tol=cg_tol,
-        cg_max_iters=cg_max_iters,
+        is_causal=options.is_causal,
+        window_size=options.window_size,
+        precision=options.precision,
+        cg_tol=options.cg_tol,
+        cg_max_iters=options.cg_max_iters,
+        num_sequences=num_sequences,
+        phase=phase,
     )
+
+
+def check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k) -> None:
+    """Raise unless q, k and v can be packed sequences that end at ``cu_seqlens_q`` and ``cu_seqlens_k``.
+
+    Raises:
+        TypeError: no tensor, or ``cu_seqlens`` that are not int32.
+        ValueError: a wrong number of dimensions, different numbers of sequences, or another device.
+    """
+    for name, x in {"q": q, "k": k, "v": v}.items():
+        if isinstance(x, torch.Tensor) and x.dim() != 3:
+            raise ValueError(f"{name} must be 3-D (total, heads, head_dim), got shape {tuple(x.shape)}")
+    for name, x in {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}.items():
+        if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
+            given = _name(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise TypeError(f"{name} must be an int32 tensor, got {given}")
+        if x.dim() != 1 or x.shape[0] < 1:
+            raise ValueError(f"{name} must be 1-D with one element more than there are sequences, got {tuple(x.shape)}")
+        if isinstance(q, torch.Tensor) and x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, got {x.device} and q on {q.device}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_q and cu_seqlens_k must have one length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
+        )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor, total: int) -> None:
+    """Raise ValueError unless ``cu_seqlens`` rises from 0 to ``total``; on a device the host waits for it."""
+    ends = cu_seqlens.tolist()
+    if ends[0] != 0 or ends[-1] != total or any(b < a for a, b in zip(ends, ends[1:])):
+        shown = ends if len(ends) < 10 else [*ends[:4], "...", *ends[-4:]]
+        raise ValueError(f"{name} must rise from 0 to the {total} packed positions, got {shown}")
 
 
 def ridge_number(ridge) -> float:
@@ -104,6 +150,16 @@ def ridge_rows(ridge: torch.Tensor, q: torch.Tensor, check_values: bool) -> torc
     if (check_values or ridge.device.type == "cpu") and not ((ridge > 0) & (ridge < math.inf)).all():
         raise ValueError(f"ridge must be positive and finite, got a tensor with values from {_extremes(ridge)}")
     return rows
+
+
+def packed_ridge(ridge: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """``ridge`` expanded to a (total, Hq) view for packed queries ``q`` (total, Hq, D); raises as ridge_rows."""
+    try:
+        return ridge.expand(q.shape[:2])
+    except RuntimeError:
+        raise ValueError(
+            f"ridge must broadcast to (total, heads) = {tuple(q.shape[:2])}, got shape {tuple(ridge.shape)}"
+        ) from None
 
 
 def scale_number(scale) -> float:

@@ -6,12 +6,18 @@ from typing import NamedTuple
 
 import torch
 
-from lla_compile import arguments, devices, dispatch, ops
+from lla_compile import arguments, autograd, devices, dispatch, ops
+from lla_compile.arguments import Options
+from lla_compile.autograd import AdjointInfo
 from lla_compile.devices import DeviceInfo
+from lla_compile.dispatch import Inputs
+from lla_compile.lowering import INFO
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_OUT = ("out",)
+_WITH_INFO = ("out", *INFO)
 
 
 class SolveInfo(NamedTuple):
@@ -20,10 +26,13 @@ class SolveInfo(NamedTuple):
     Attributes:
         iterations: conjugate-gradient steps taken, int32 (B, Hq, N).
         residual: ||r|| / ||r_0|| at the end, float32 (B, Hq, N); 0 where there was nothing to solve.
+        adjoint: the same of the adjoint solve, filled by the backward pass; None where no gradient is needed and in
+            compiled code.
     """
 
     iterations: torch.Tensor
     residual: torch.Tensor
+    adjoint: AdjointInfo | None = None
 
 
 def lla_attention(
@@ -80,7 +89,7 @@ def lla_attention(
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes, devices or options do not fit, or the ridge is not positive. The values of a ridge that
             is a tensor on a GPU are looked at only under LLA_COMPILE_DEBUG=1, since the host has to wait for them.
-        NotImplementedError: a gradient is required of a backend that has no backward pass, or no backend can run it.
+        NotImplementedError: no backend can run it.
 
     Example:
         >>> import torch
@@ -93,15 +102,98 @@ def lla_attention(
         >>> torch.allclose(o, 2 * q[..., :3] + 1, atol=0.05)
         True
     """
-    # Compiled code and tensors that carry no data see the registered operator; the rest is spared its overhead.
-    if torch.compiler.is_compiling() or (q.__class__ not in _PLAIN_TENSORS and isinstance(q, torch.Tensor)):
-        run = ops.call
-    else:
-        run = dispatch.forward
-    out, iterations, residual = run(
-        q, k, v, ridge, scale, is_causal, window_size, precision, cg_tol, cg_max_iters, backend, return_info
+    options = Options(is_causal, window_size, precision, cg_tol, cg_max_iters, backend)
+    return _attend(Inputs(*_autocast(q, k, v), ridge, scale), options, return_info)
+
+
+def lla_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    ridge: float | torch.Tensor = 1.0,
+    *,
+    scale: float | torch.Tensor | None = None,
+    is_causal: bool = True,
+    window_size: int | None = None,
+    precision: str = "accurate",
+    cg_tol: float | None = None,
+    cg_max_iters: int | None = None,
+    backend: str | None = None,
+    return_info: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, SolveInfo]:
+    """:func:`lla_attention` of sequences of different lengths, packed one after another; none sees another.
+
+    Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]`` and the keys ``cu_seqlens_k[b]`` to
+    ``cu_seqlens_k[b + 1]``, and is attended as :func:`lla_attention` would alone. Any of them may be empty.
+
+    Args:
+        q: queries (total_q, Hq, D), the sequences along the first axis.
+        k: keys (total_k, Hkv, D).
+        v: values (total_k, Hkv, Dv).
+        cu_seqlens_q: int32 (sequences + 1), rising from 0 to total_q, on the device of q.
+        cu_seqlens_k: int32 (sequences + 1), rising from 0 to total_k.
+        ridge: a number, or a tensor that broadcasts to (total_q, Hq).
+        scale, is_causal, window_size, precision, cg_tol, cg_max_iters, backend: as in :func:`lla_attention`.
+        return_info: also return a :class:`SolveInfo`, of tensors (total_q, Hq).
+
+    Returns:
+        Output (total_q, Hq, Dv) in the dtype of q, and a :class:`SolveInfo` if ``return_info``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as :func:`lla_attention`. The values of ``cu_seqlens_q`` and
+            ``cu_seqlens_k`` on a GPU are looked at only under LLA_COMPILE_DEBUG=1, since the host has to wait for
+            them.
+
+    Example:
+        >>> import torch
+        >>> from lla_compile import lla_attention_varlen
+        >>> q = k = v = torch.randn(10, 2, 8)  # three sequences of 4, 0 and 6 positions
+        >>> ends = torch.tensor([0, 4, 4, 10], dtype=torch.int32)
+        >>> lla_attention_varlen(q, k, v, ends, ends).shape
+        torch.Size([10, 2, 8])
+    """
+    arguments.check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    options = Options(is_causal, window_size, precision, cg_tol, cg_max_iters, backend)
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in _autocast(q, k, v))
+    if isinstance(ridge, torch.Tensor) and ridge.dim():
+        ridge = arguments.packed_ridge(ridge, q).T.unsqueeze(0)
+    result = _attend(Inputs(*heads_first, ridge, scale, cu_seqlens_q, cu_seqlens_k), options, return_info)
+    out, info = result if return_info else (result, None)
+    out = out.squeeze(0).transpose(0, 1)
+    if info is None:
+        return out
+    return out, info._replace(iterations=info.iterations[0].T, residual=info.residual[0].T)
+
+
+def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors in the type of an enclosing ``torch.autocast``, as scaled_dot_product_attention takes them."""
+    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
     )
-    return (out, SolveInfo(iterations, residual)) if return_info else out
+
+
+def _attend(inputs: Inputs, options: Options, return_info: bool) -> torch.Tensor | tuple[torch.Tensor, SolveInfo]:
+    q = inputs.q
+    needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+    report = None
+    # Compiled code and tensors that carry no data see the registered operators; the rest is spared their overhead.
+    if torch.compiler.is_compiling() or (q.__class__ not in _PLAIN_TENSORS and isinstance(q, torch.Tensor)):
+        out, *info = ops.call(inputs, options, return_info, needs_grad)
+    elif needs_grad:
+        report = AdjointInfo() if return_info else None
+        out, *_, iterations, residual = autograd.Attention.apply(*autograd.Arguments.of(inputs, options), report)
+        info = iterations, residual
+    else:
+        results = dispatch.run("forward", inputs, options, _WITH_INFO if return_info else _OUT)
+        out, *info = results.values()
+    return (out, SolveInfo(*info, report)) if return_info else out
 
 
 def plan(
@@ -112,6 +204,7 @@ def plan(
     *,
     device: str | torch.device | DeviceInfo | None = None,
     backend: str | None = None,
+    phase: str = "forward",
     scale: float | torch.Tensor | None = None,
     return_info: bool = False,
     **options,
@@ -126,6 +219,7 @@ def plan(
             "h200", which need not be in this machine. By default the device of the tensors; for a spec, "cuda" if
             there is one, else "cpu".
         backend: plan for this backend only.
+        phase: with tensors, "forward" or "backward"; a spec has its own.
         options: ``is_causal``, ``window_size``, ``precision``, ``cg_tol`` and ``cg_max_iters``, with tensors only.
 
     Raises:
@@ -145,10 +239,10 @@ def plan(
         spec = q
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     else:
-        defaults = dict(is_causal=True, window_size=None, precision="accurate", cg_tol=None, cg_max_iters=None)
-        if unknown := sorted(set(options) - set(defaults)):
-            raise TypeError(f"plan got an unknown option {', '.join(unknown)}; known: {', '.join(defaults)}")
-        spec = arguments.spec_of(q, k, v, **defaults | options)
+        known = set(Options._fields) - {"backend"}
+        if unknown := sorted(set(options) - known):
+            raise TypeError(f"plan got an unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        spec = arguments.spec_of(q, k, v, Options(**options), phase=phase)
         device = device or q.device
     return dispatch.make_plan(spec, _device_info(device), backend)
 

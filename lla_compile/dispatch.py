@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Mapping
@@ -11,13 +10,33 @@ from typing import NamedTuple
 
 import torch
 
-from lla_compile import arguments, backends, planner
+from lla_compile import arguments, backends, planner, storage
+from lla_compile.arguments import Options
+from lla_compile.lowering import lower
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec, check_ridge
 
 # Enough for every layer and length of a long-running server, small enough that lengths which never come back go.
 MAX_CALLS = 4096
-_DIFFERENTIABLE = ("eager",)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call that both passes see.
+
+    Attributes:
+        q, k, v: (B, H, length, width); packed sequences as (1, H, total, width).
+        ridge: a number, or a tensor that broadcasts to (B, Hq, N).
+        scale: None, a number or a 0-dim tensor.
+        cu_seqlens_q, cu_seqlens_k: None, or where packed sequences start and end, int32.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    ridge: float | torch.Tensor
+    scale: float | torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -59,28 +78,38 @@ def settings() -> Settings:
     )
 
 
-def forward(
-    q, k, v, ridge, scale, is_causal, window_size, precision, cg_tol, cg_max_iters, backend, return_info
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Run ``lla_attention`` (see there for arguments and errors) on concrete tensors.
+def run(
+    phase: str,
+    inputs: Inputs,
+    options: Options,
+    wanted: tuple[str, ...],
+    given: Mapping[str, torch.Tensor] | None = None,
+) -> Mapping[str, torch.Tensor]:
+    """Run one phase of the operator on concrete tensors.
+
+    Args:
+        phase: "forward" or "backward".
+        inputs, options: see :func:`lla_compile.lla_attention` for meaning and errors.
+        wanted: outputs of the phase's sweeps.
+        given: what else the phase reads: ``grad_out`` and what the forward pass has saved.
 
     Returns:
-        Output (B, Hq, N, Dv), iterations (B, Hq, N) int32 and residual (B, Hq, N) float32; None for the last two
-        unless ``return_info``.
+        The wanted outputs by name.
     """
+    q, k, v, ridge, scale, cu_seqlens_q, cu_seqlens_k = inputs
+    num_sequences = None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     call = None
     try:
         # Everything that decides the plan or that the checks look at, but for values of ridge and scale.
         key = (
-            q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            q.layout, k.layout, v.layout, is_causal, window_size, precision, cg_tol, cg_max_iters, backend,
+            phase, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
+            q.layout, k.layout, v.layout, options, num_sequences,
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensor, unhashable, nested: the checks name it
         key = None
     if call is None:
-        spec = arguments.spec_of(q, k, v, is_causal, window_size, precision, cg_tol, cg_max_iters)
-        call = _prepare(key, spec, q.device, backend)
+        call = _prepare(key, arguments.spec_of(q, k, v, options, num_sequences, phase), q.device, options.backend)
 
     if ridge.__class__ is float:
         check_ridge(ridge)
@@ -94,20 +123,31 @@ def forward(
         arguments.check_scale_tensor(scale, q)
     else:
         scale = arguments.scale_number(scale)
-    if torch.is_grad_enabled():
-        _check_gradients(call.plan.config.backend, q, k, v, ridge, scale)
 
     # A size-1 axis passes for contiguous whatever its stride, and then only its element 0 is read.
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    if k.stride(3) != 1:
-        k = k.contiguous()
-    if v.stride(3) != 1:
-        v = v.contiguous()
+    named = {
+        "q": q if q.stride(3) == 1 else q.contiguous(),
+        "k": k if k.stride(3) == 1 else k.contiguous(),
+        "v": v if v.stride(3) == 1 else v.contiguous(),
+        "ridge": ridge,
+        "scale": scale,
+    }
+    if num_sequences is not None:
+        named |= _ends(cu_seqlens_q, cu_seqlens_k, q, k)
+    if given is not None:
+        named |= given
     if call.device_index is None or call.device_index == torch.cuda.current_device():
-        return call.executable(q, k, v, ridge, scale, return_info)
+        return call.executable(named, wanted)
     with torch.cuda.device(call.device_index):
-        return call.executable(q, k, v, ridge, scale, return_info)
+        return call.executable(named, wanted)
+
+
+def _ends(cu_seqlens_q, cu_seqlens_k, q, k) -> dict[str, torch.Tensor]:
+    """Where packed sequences end; values are looked at where that is free, or asked for."""
+    if settings().debug or q.device.type == "cpu":
+        arguments.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q.shape[2])
+        arguments.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, k.shape[2])
+    return {"cu_seqlens_q": cu_seqlens_q.contiguous(), "cu_seqlens_k": cu_seqlens_k.contiguous()}
 
 
 def make_plan(spec: LLASpec, device, backend: str | None = None) -> Plan:
@@ -149,11 +189,11 @@ def _prepare(key, spec: LLASpec, device: torch.device, backend: str | None) -> C
             return _calls[key]
         plan = make_plan(spec, devices.identify(device), backend)
         planner.report_miss(plan)
-        empty = spec.visible_pairs == 0 or device.type == "meta"
+        empty = spec.is_empty or device.type == "meta"
         choice = device.type == "cuda" and torch.cuda.device_count() > 1
         call = Call(
             plan=plan,
-            executable=_zeros if empty else BACKENDS[plan.config.backend].bind(plan),
+            executable=_Zeros(spec) if empty else BACKENDS[plan.config.backend].bind(plan),
             scale=spec.head_dim**-0.5,
             device_index=device.index if choice else None,
         )
@@ -164,26 +204,18 @@ def _prepare(key, spec: LLASpec, device: torch.device, backend: str | None) -> C
         return call
 
 
-def _zeros(q, k, v, ridge, scale, return_info):
+class _Zeros:
     """The executable where there is nothing to compute: no queries, no keys, or no data at all (meta tensors)."""
-    batch, heads, seqlen, _ = q.shape
-    # The sum over an empty tensor is 0; it keeps the output in the autograd graph.
-    out = q.new_zeros(batch, heads, seqlen, v.shape[3]) + (q if q.numel() == 0 else k).sum()
-    if not return_info:
-        return out, None, None
-    rows = (batch, heads, seqlen)
-    return out, q.new_zeros(rows, dtype=torch.int32), q.new_zeros(rows, dtype=torch.float32)
 
+    def __init__(self, spec: LLASpec):
+        self._spec = spec
 
-def _check_gradients(backend: str, q, k, v, ridge, scale) -> None:
-    if backend in _DIFFERENTIABLE:
-        return
-    for name, x in (("q", q), ("k", k), ("v", v), ("ridge", ridge), ("scale", scale)):
-        if isinstance(x, torch.Tensor) and x.requires_grad:
-            raise NotImplementedError(
-                f"{name} requires a gradient, and backend {backend!r} has no backward pass yet: "
-                f"call under torch.no_grad(), or pass backend='eager'"
-            )
+    def __call__(self, inputs, wanted):
+        spec = self._spec
+        program = lower(spec.op, spec.phase)
+        tensors = inputs["q"], inputs["k"], inputs["v"]
+        packed = spec.num_sequences is not None
+        return {name: storage.allocate(program, name, *tensors, spec.precision, packed).zero_() for name in wanted}
 
 
 def _flag(name: str) -> bool:

@@ -1,73 +1,104 @@
-"""The operator behind torch.library: what torch.compile, torch.export and fake tensors see.
+"""The operators behind torch.library: what torch.compile, torch.export and fake tensors see.
 
-``lla_compile::forward`` returns the output, ``lla_compile::forward_info`` also what the solver did. A schema has no
-"number or tensor", so ridge and scale each come as a pair of which one is None.
+``lla_compile::forward`` returns the output, ``forward_info`` also what the solver did, ``forward_train`` all that
+``backward`` needs, to which it is bound by autograd.
 """
 
 from __future__ import annotations
 
 import torch
 
-from lla_compile import arguments, dispatch
+from lla_compile import arguments, autograd, dispatch, storage
+from lla_compile.autograd import GRADIENTS, TRAINED, Arguments
+from lla_compile.lowering import INFO, SAVED, lower
 
-_ARGUMENTS = (
+_INPUTS = (
     "Tensor q, Tensor k, Tensor v, float? ridge, Tensor? ridge_rows, float? scale, Tensor? scale_value, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+_OPTIONS = (
     "bool is_causal, SymInt? window_size, str precision, float? cg_tol, int? cg_max_iters, str? backend"
 )
+_SAVED_INPUTS = ", ".join(f"Tensor {name}" for name in ("grad_out", *SAVED))
+
+# The outputs of each operator that runs the forward pass.
+_FORWARD = {"forward": ("out",), "forward_info": ("out", *INFO), "forward_train": TRAINED}
 
 
-def call(q, k, v, ridge, scale, is_causal, window_size, precision, cg_tol, cg_max_iters, backend, return_info):
-    """``dispatch.forward`` through the registered operators; traceable."""
-    op = torch.ops.lla_compile.forward_info if return_info else torch.ops.lla_compile.forward
-    result = op(
-        q, k, v, *_number_or_tensor(ridge), *_number_or_tensor(scale),
-        is_causal, window_size, precision, cg_tol, cg_max_iters, backend,
-    )  # fmt: skip
-    return result if return_info else (result, None, None)
+def call(inputs: dispatch.Inputs, options: arguments.Options, return_info: bool, needs_grad: bool) -> tuple:
+    """The output, and what the solver did if ``return_info``, through the registered operators; traceable."""
+    fields = Arguments.of(inputs, options)
+    if needs_grad:
+        results = torch.ops.lla_compile.forward_train(*fields)
+        return results[0], *results[-len(INFO) :]
+    if return_info:
+        return torch.ops.lla_compile.forward_info(*fields)
+    return (torch.ops.lla_compile.forward(*fields),)
 
 
-def _number_or_tensor(x):
-    return (None, x) if isinstance(x, torch.Tensor) else (x, None)
+def _allocated(phase: str, fields: Arguments, names: tuple[str, ...]) -> list[torch.Tensor]:
+    arguments.check_tensors(fields.q, fields.k, fields.v)
+    program, packed = lower("lla", phase), fields.cu_seqlens_q is not None
+    return [
+        storage.allocate(program, name, fields.q, fields.k, fields.v, fields.precision, packed) for name in names
+    ]
 
 
-def _run(q, k, v, ridge, ridge_rows, scale, scale_value, *options, return_info):
-    ridge = ridge_rows if ridge is None else ridge
-    scale = scale_value if scale is None else scale
-    out, iterations, residual = dispatch.forward(q, k, v, ridge, scale, *options, return_info)
-    return out.contiguous(), iterations, residual
+def _define(name: str, schema: str, run, fake) -> None:
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(name, "CompositeExplicitAutograd")(run)
+    torch.library.register_fake(name)(fake)
 
 
-def _fake(q, k, v):
-    arguments.check_tensors(q, k, v)
-    rows = q.shape[:3]
-    return (
-        q.new_empty(*rows, v.shape[3]),
-        q.new_empty(rows, dtype=torch.int32),
-        q.new_empty(rows, dtype=torch.float32),
-    )
+def _define_forward(op: str, names: tuple[str, ...]) -> None:
+    def returned(tensors):
+        return tensors[0] if len(names) == 1 else tuple(tensors)
 
-
-def _no_backward(ctx, *grads):
-    raise NotImplementedError(
-        "lla_attention has no backward pass in compiled code yet: call it under torch.no_grad(), "
-        "or outside torch.compile with backend='eager'"
-    )
-
-
-def _register(name: str, returns: str, returned: slice | int, return_info: bool) -> None:
-    name = f"lla_compile::{name}"
-    torch.library.define(name, f"({_ARGUMENTS}) -> {returns}", tags=torch.Tag.pt2_compliant_tag)
-
-    @torch.library.impl(name, "CompositeExplicitAutograd")
     def run(*args):
-        return _run(*args, return_info=return_info)[returned]
+        fields = Arguments(*args)
+        results = dispatch.run("forward", fields.inputs, fields.options, names)
+        return returned([results[name] for name in names])
 
-    @torch.library.register_fake(name)
-    def fake(q, k, v, *options):
-        return _fake(q, k, v)[returned]
+    def fake(*args):
+        return returned(_allocated("forward", Arguments(*args), names))
 
-    torch.library.register_autograd(name, _no_backward, setup_context=lambda ctx, inputs, output: None)
+    returns = "Tensor" if len(names) == 1 else f"({', '.join(['Tensor'] * len(names))})"
+    _define(f"lla_compile::{op}", f"({_INPUTS}, {_OPTIONS}) -> {returns}", run, fake)
 
 
-_register("forward", "Tensor", 0, return_info=False)
-_register("forward_info", "(Tensor, Tensor, Tensor)", slice(None), return_info=True)
+def _split_backward(args: tuple) -> tuple[Arguments, torch.Tensor, dict, list[str]]:
+    """(arguments, grad_out, saved, wanted) of the flat arguments of ``lla_compile::backward``."""
+    fields, rest = len(Arguments._fields), args[len(Arguments._fields) :]
+    return Arguments(*args[:fields]), rest[0], dict(zip(SAVED, rest[1:])), rest[-1]
+
+
+def _backward(*args):
+    fields, grad_out, saved, wanted = _split_backward(args)
+    results = autograd.run_backward(fields, grad_out, saved, tuple(wanted))
+    return tuple(results.get(name, fields.q.new_empty(0)) for name in GRADIENTS)
+
+
+def _backward_fake(*args):
+    fields, _, _, wanted = _split_backward(args)
+    allocated = dict(zip(wanted, _allocated("backward", fields, tuple(wanted))))
+    return tuple(allocated.get(name, fields.q.new_empty(0)) for name in GRADIENTS)
+
+
+def _run_backward(fields: Arguments, grad_out: torch.Tensor, saved: dict, wanted: tuple[str, ...]) -> dict:
+    tensors = torch.ops.lla_compile.backward(*fields, grad_out, *saved.values(), list(wanted))
+    return dict(zip(GRADIENTS, tensors))
+
+
+for _op, _names in _FORWARD.items():
+    _define_forward(_op, _names)
+_define(
+    "lla_compile::backward",
+    f"({_INPUTS}, {_OPTIONS}, {_SAVED_INPUTS}, str[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+torch.library.register_autograd(
+    "lla_compile::forward_train",
+    lambda ctx, grad_out, *_: autograd.backward(ctx, grad_out, _run_backward),
+    setup_context=lambda ctx, inputs, output: autograd.setup_context(ctx, inputs, output),
+)

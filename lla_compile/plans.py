@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from lla_compile.lowering import lower
 from lla_compile.spec import LLASpec
-from lla_compile.sweeps import Loop, lower
+from lla_compile.sweeps import Loop, sweep_of
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
 
 SCHEDULES = ("fused", "split")
+_TILE_KNOBS = ("block_q", "block_k", "num_warps", "num_stages")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class KernelConfig:
         cg_max_iters: cap on the CG iterations unless the caller gives one.
         num_warps: warps of a program; None where the backend has no such knob.
         num_stages: depth of the software pipeline over key tiles; None likewise.
+        kv_block_q, kv_block_k, kv_num_warps, kv_num_stages: the same for the sweep that holds keys; None where the
+            phase has none, or where it takes the tile of the others.
     """
 
     backend: str
@@ -36,6 +40,16 @@ class KernelConfig:
     cg_max_iters: int
     num_warps: int | None = None
     num_stages: int | None = None
+    kv_block_q: int | None = None
+    kv_block_k: int | None = None
+    kv_num_warps: int | None = None
+    kv_num_stages: int | None = None
+
+    @property
+    def holding_keys(self) -> KernelConfig:
+        """The configuration as the sweep that holds keys sees it: its own knobs in place of the common ones."""
+        own = {name: getattr(self, f"kv_{name}") for name in _TILE_KNOBS}
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
 
     def as_dict(self) -> dict:
         """The knobs that are set, in the order of the database."""
@@ -100,10 +114,10 @@ class Plan:
         Counted as the equations have them: splitting operands in `accurate` and masked-out parts of tiles come on top.
         """
         outside, iteration = 0.0, 0.0
-        for stage in lower(self.spec.op, self.spec.phase).stages:
-            sweep = stage.sweep if isinstance(stage, Loop) else stage
-            operands = [s.col for s in sweep.scores] + [a.col for a in sweep.accumulators]
-            columns = sum(self.spec.head_dim_v if col == "v" else self.spec.head_dim for col in operands)
+        program = lower(self.spec.op, self.spec.phase)
+        for stage in program.stages:
+            operands = sweep_of(stage).products_operands
+            columns = sum(self.spec.head_dim_v if x in program.value_wide else self.spec.head_dim for x in operands)
             flops = 2.0 * columns * self.spec.visible_pairs
             if isinstance(stage, Loop):
                 iteration += flops
@@ -113,10 +127,10 @@ class Plan:
 
     def __str__(self) -> str:
         spec, config, device = self.spec, self.config, self.device
-        values = {name: getattr(config, name) for name in ("block_q", "block_k", "num_warps", "num_stages")}
-        knobs = [f"{name} {value}" for name, value in values.items() if value is not None]
+        knobs = [f"{name} {value}" for name, value in config.as_dict().items() if name in _TILE_KNOBS]
+        knobs += [f"{name} {value}" for name, value in config.as_dict().items() if name.startswith("kv_")]
         stages = [
-            (stage.sweep, " (each CG iteration)") if isinstance(stage, Loop) else (stage, "")
+            (sweep_of(stage), " (each CG iteration)" if isinstance(stage, Loop) else "")
             for stage in lower(spec.op, spec.phase).stages
         ]
         sweeps = ", ".join(f"{sweep.name} {sweep.products}{when}" for sweep, when in stages)

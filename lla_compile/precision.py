@@ -52,26 +52,30 @@ def weight_shift(dtype: str) -> int:
     return 6 if dtype == "float16" else 0
 
 
-def round_operand(x: torch.Tensor, dtype: str, terms: int) -> torch.Tensor:
-    """The value that a sum of ``terms`` roundings of ``x`` to ``dtype`` stands for, in the type of ``x``.
+def terms_of(x: torch.Tensor, dtype: str, terms: int) -> list[torch.Tensor]:
+    """``terms`` values of ``dtype`` whose sum stands for ``x``: its rounding, and that of what rounding lost.
 
     Args:
         x: operand in the accumulation type, any shape.
-        dtype: the input type; "float32" and "float64" return ``x`` itself.
-        terms: 1 rounds once; 2 adds the rounded remainder. float16 saturates at its largest value.
+        dtype: the input type; "float32" and "float64" give ``x`` itself. float16 saturates at its largest value.
+        terms: 1 or 2.
     """
     if dtype not in ("float16", "bfloat16"):
-        return x
+        return [x]
     import torch
 
-    storage = getattr(torch, dtype)
-    total, rest = None, x
+    parts, rest = [], x
     for _ in range(terms):
         if dtype == "float16":
             rest = rest.clamp(-FLOAT16_MAX, FLOAT16_MAX)
-        term = rest.to(storage).to(x.dtype)
-        total, rest = (term if total is None else total + term), rest - term
-    return total
+        parts.append(rest.to(getattr(torch, dtype)))
+        rest = rest - parts[-1].to(x.dtype)
+    return parts
+
+
+def round_operand(x: torch.Tensor, dtype: str, terms: int) -> torch.Tensor:
+    """The value that the sum of :func:`terms_of` stands for, in the type of ``x``."""
+    return sum(part.to(x.dtype) for part in terms_of(x, dtype, terms))
 
 
 def error_limit(dtype: str, precision: str, ridge: float) -> float:

@@ -9,10 +9,11 @@ MAX_HEAD_DIM = 256
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PRECISIONS = ("fast", "accurate")
 OPS = ("lla",)
-PHASES = ("forward",)
+PHASES = ("forward", "backward")
 
-# Relative residual at which CG stops when the caller does not say. In a 16-bit type the output's own
-# rounding is 2e-3, so a smaller residual cannot be seen; `fast` carries more error than its tolerance adds.
+# Relative residual at which CG stops when the caller does not say. In a 16-bit type the output's own rounding is 2e-3,
+# so a smaller residual cannot be seen; `fast` carries more error than its tolerance adds. Gradients see more of it:
+# at ridge 0.1 an adjoint solve to 1e-3 leaves 5e-3 in dk and 8e-3 in dridge, one to 10^-3.5 leaves 2e-3 in both.
 _DEFAULT_CG_TOL = {
     ("float16", "fast"): 10**-2.5,
     ("bfloat16", "fast"): 10**-2.5,
@@ -23,6 +24,7 @@ _DEFAULT_CG_TOL = {
     ("float64", "fast"): 1e-6,
     ("float64", "accurate"): 1e-12,
 }
+_ADJOINT_CG_TOL = {("float16", "accurate"): 10**-3.5, ("bfloat16", "accurate"): 10**-3.5}
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,12 @@ class LLASpec:
         is_causal: query i sees keys j <= i + M - N (aligned at the bottom right).
         window_size: number of keys that a query sees, its own included; needs ``is_causal``.
         precision: "fast" rounds the operands of every tile product once; "accurate" splits them in two terms.
-        cg_tol: CG stops when ||r|| <= cg_tol * ||r_0||; None takes the default of (dtype, precision).
+        cg_tol: CG stops when ||r|| <= cg_tol * ||r_0||; None takes the default of (phase, dtype, precision).
         cg_max_iters: cap on the CG iterations; None leaves it to the plan.
+        num_sequences: None, or how many sequences are packed one after another into ``seqlen_q`` queries and
+            ``seqlen_k`` keys; ``batch`` is then 1, and where they end is known only at run time.
+        op: the operator, "lla".
+        phase: "forward" or "backward".
 
     Raises:
         ValueError: a field is outside what is listed above; the message names it.
@@ -61,6 +67,7 @@ class LLASpec:
     precision: str = "accurate"
     cg_tol: float | None = None
     cg_max_iters: int | None = None
+    num_sequences: int | None = None
     op: str = "lla"
     phase: str = "forward"
 
@@ -84,10 +91,16 @@ class LLASpec:
             _integer("window_size", self.window_size, 1)
             if not self.is_causal:
                 raise ValueError("window_size needs is_causal=True: a window ends at the query's own position")
+        if self.num_sequences is not None:
+            _integer("num_sequences", self.num_sequences, 0)
+            if self.batch != 1:
+                raise ValueError(f"packed sequences have batch 1, got {self.batch}")
         if self.cg_max_iters is not None:
             _integer("cg_max_iters", self.cg_max_iters, 1)
         if self.cg_tol is None:
-            object.__setattr__(self, "cg_tol", _DEFAULT_CG_TOL[self.dtype, self.precision])
+            tier = self.dtype, self.precision
+            adjoint = _ADJOINT_CG_TOL if self.phase == "backward" else {}
+            object.__setattr__(self, "cg_tol", adjoint.get(tier, _DEFAULT_CG_TOL[tier]))
         elif not (isinstance(self.cg_tol, (int, float)) and 0 <= self.cg_tol < 1):
             raise ValueError(f"cg_tol must be a number with 0 <= cg_tol < 1, got {self.cg_tol!r}")
 
@@ -118,18 +131,30 @@ class LLASpec:
 
     @property
     def batch_heads(self) -> int:
-        """Independent attention problems: batch times query heads."""
-        return self.batch * self.num_heads
+        """Independent attention problems: batch, or packed sequences, times query heads."""
+        return self.batch * self.num_heads * (1 if self.num_sequences is None else self.num_sequences)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no query or no key at all; else some query sees a key."""
+        return not (self.batch and self.seqlen_q and self.seqlen_k and self.num_sequences != 0)
+
+    @property
+    def mean_seqlens(self) -> tuple[int, int]:
+        """Queries and keys of one head: the mean of packed sequences, rounded up."""
+        sequences = self.num_sequences or 1
+        return -(-self.seqlen_q // sequences), -(-self.seqlen_k // sequences)
 
     @property
     def visible_seqlen(self) -> int:
         """Most keys that one query sees: what decides the cost, and so the tuning bucket."""
-        return self.seqlen_k if self.window_size is None else min(self.seqlen_k, self.window_size)
+        keys = self.mean_seqlens[1]
+        return keys if self.window_size is None else min(keys, self.window_size)
 
     @property
     def visible_pairs(self) -> int:
-        """Query-key pairs under the mask, summed over batch and query heads."""
-        n, m = self.seqlen_q, self.seqlen_k
+        """Query-key pairs under the mask, summed over batch and query heads; packed sequences count as equally long."""
+        n, m = self.mean_seqlens
         if not self.is_causal:
             return self.batch_heads * n * m
         last, first = m, m - n + 1  # keys that the last and the first query see, before clipping
@@ -149,8 +174,9 @@ class LLASpec:
         mask = "causal" if self.is_causal else "full"
         if self.window_size is not None:
             mask += f", window {self.window_size}"
+        batch = f"B {self.batch}" if self.num_sequences is None else f"{self.num_sequences} packed"
         return (
-            f"{self.op} {self.phase}, {self.dtype}, B {self.batch}, H {heads}, N {self.seqlen_q}, M {self.seqlen_k}, "
+            f"{self.op} {self.phase}, {self.dtype}, {batch}, H {heads}, N {self.seqlen_q}, M {self.seqlen_k}, "
             f"D {self.head_dim}, Dv {self.head_dim_v}, {mask}, {self.precision}"
         )
 

@@ -1,8 +1,9 @@
 """The intermediate representation: an operator as a short list of sweeps, described by data.
 
-A *sweep* streams every visible key tile past a tile of query rows. Per pair of tiles it forms *scores* (tile products
-of a row operand with a key-side operand), turns them into weights (element-wise expressions) and adds weighted columns
-to *accumulators*. Before and after the stream, *prologue* and *epilogue* update the row state by row-wise assignments.
+A *sweep* holds a tile of one side, query rows or keys, and streams every visible tile of the other side past it. Per
+pair of tiles it forms *scores* (tile products of a row operand with a key-side operand), turns them into *weights*
+(element-wise expressions) and adds weighted operands to *accumulators*. Before and after the stream, *prologue* and
+*epilogue* update the row state by row-wise assignments.
 
 Everything that a backend has to know is here: the eager backend interprets these objects, the others print them.
 Names that start a row's life in one sweep and are read in a later one are the *state* that crosses sweeps.
@@ -10,10 +11,11 @@ Names that start a row's life in one sweep and are read in a later one are the *
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from typing import Iterable, Mapping
 
-from lla_compile.expr import Expr, Kind, dot, log2, rounded, row, scalar, sqrt, tile, vector, where, wide_dot
+from lla_compile.expr import Expr, Kind, tile
 
 # exp2(score - lse): the softmax weight of a pair, available to every weight expression.
 P = tile("p")
@@ -37,16 +39,21 @@ class Score:
 
 @dataclass(frozen=True)
 class Accumulator:
-    """``name[i] = sum_j weight[i, j] * col[j]``."""
+    """``name[i] = sum_j weight[i, j] * operand[j]``, summed over the streamed side.
+
+    Accumulators of one name add up. ``row_sum`` also names the sum of the weights themselves, as the product rounds
+    them: with it the epilogue can take a shared offset of the operands out exactly.
+    """
 
     name: str
     weight: Expr
-    col: str
+    operand: str
+    row_sum: str | None = None
 
 
 @dataclass(frozen=True)
 class Assign:
-    """``name = value`` for every row; ``value`` is a ROW or a VECTOR."""
+    """``name = value`` for every row, or in a sweep's ``weights`` for every pair."""
 
     name: str
     value: Expr
@@ -54,7 +61,7 @@ class Assign:
 
 @dataclass(frozen=True)
 class Sweep:
-    """One pass over the visible keys.
+    """One pass over the visible pairs.
 
     Attributes:
         name: what the sweep is called in plans, profiles and generated code.
@@ -63,38 +70,50 @@ class Sweep:
             from ``lse``, which an earlier sweep left in the state.
         scores: the tile products; the first is the attention score, scaled to base 2.
         accumulators: the weighted sums.
+        weights: TILE expressions that accumulators share.
         prologue: row-wise assignments before the stream.
         epilogue: row-wise assignments after it.
+        holds: "rows" or "keys": the side whose tile stays while the other is streamed. A sweep that holds keys has
+            neither prologue nor epilogue, and sums over the query heads of a group.
     """
 
     name: str
     softmax: str
     scores: tuple[Score, ...]
     accumulators: tuple[Accumulator, ...]
+    weights: tuple[Assign, ...] = ()
     prologue: tuple[Assign, ...] = ()
     epilogue: tuple[Assign, ...] = ()
+    holds: str = "rows"
 
     @property
     def products(self) -> int:
         """Tile products, that is multiply-adds per visible pair and column of the operands."""
         return len(self.scores) + len(self.accumulators)
 
+    @property
+    def products_operands(self) -> tuple[str, ...]:
+        """The operand of each tile product whose width decides its cost."""
+        return (*(s.col for s in self.scores), *(a.operand for a in self.accumulators))
+
     def stream_reads(self) -> frozenset[str]:
-        """State that must exist before the stream: what the prologue, the scores and the weights use."""
+        """State that must exist before the stream: what the prologue, the products and the weights use."""
         known = {s.name for s in self.scores} | {"p"}
         needed: set[str] = set() if self.softmax == "online" else {"lse"}
-        for assign in self.prologue:
+        for assign in (*self.prologue, *self.weights):
             needed |= assign.value.symbols() - known
             known.add(assign.name)
         for score in self.scores:
             needed |= {score.row, score.center} - {None} - known
         for accumulator in self.accumulators:
             needed |= accumulator.weight.symbols() - known
+            if self.holds == "keys":
+                needed.add(accumulator.operand)
         return frozenset(needed)
 
     def reads(self) -> frozenset[str]:
         """State that must exist before the sweep, its epilogue included."""
-        known = {a.name for a in (*self.prologue, *self.accumulators)}
+        known = {a.name for a in self.prologue} | self.sums()
         if self.softmax == "online":
             known |= {"row_max", "row_sum"}
         needed = set(self.stream_reads())
@@ -103,11 +122,44 @@ class Sweep:
             known.add(assign.name)
         return frozenset(needed)
 
+    def sums(self) -> frozenset[str]:
+        """Names of the accumulators and of their row sums."""
+        return frozenset(x for a in self.accumulators for x in (a.name, a.row_sum) if x)
+
     def writes(self) -> dict[str, Kind]:
         """What the sweep assigns, with kinds: prologue, accumulators and epilogue."""
         kinds = {a.name: a.value.kind for a in self.prologue}
         kinds |= {a.name: Kind.VECTOR for a in self.accumulators}
+        kinds |= {a.row_sum: Kind.ROW for a in self.accumulators if a.row_sum}
         return kinds | {a.name: a.value.kind for a in self.epilogue}
+
+    def only(self, live: frozenset[str]) -> tuple[Sweep | None, frozenset[str]]:
+        """The part of the sweep that ``live`` depends on, and what that part depends on in turn.
+
+        Returns:
+            The reduced sweep, None if it writes nothing of ``live``; and the names that are live before it.
+        """
+        if not live & self.writes().keys():
+            return None, live
+        epilogue, after_stream = _needed(self.epilogue, live)
+        sums = tuple(a for a in self.accumulators if {a.name, a.row_sum} & after_stream)
+        used = after_stream - self.sums() - {"row_max", "row_sum"}
+        in_stream = frozenset().union(*(a.weight.symbols() for a in sums))
+        weights, in_stream = _needed(self.weights, in_stream)
+        scores = tuple(s for i, s in enumerate(self.scores) if i == 0 or s.name in in_stream)
+        reduced = replace(self, scores=scores, accumulators=sums, weights=weights, prologue=(), epilogue=epilogue)
+        prologue, used = _needed(self.prologue, used | reduced.stream_reads())
+        return replace(reduced, prologue=prologue), used
+
+
+def _needed(assigns: tuple[Assign, ...], live: frozenset[str]) -> tuple[tuple[Assign, ...], frozenset[str]]:
+    """The assignments that ``live`` depends on, and what is live before them."""
+    kept = []
+    for assign in reversed(assigns):
+        if assign.name in live:
+            kept.append(assign)
+            live = (live - {assign.name}) | assign.value.symbols()
+    return tuple(reversed(kept)), live
 
 
 @dataclass(frozen=True)
@@ -118,165 +170,135 @@ class Loop:
     active: str
 
 
+Stage = Sweep | Loop
+
+
+def sweep_of(stage: Stage) -> Sweep:
+    return stage.sweep if isinstance(stage, Loop) else stage
+
+
 @dataclass(frozen=True)
 class SweepList:
     """A lowered operator.
 
     Attributes:
         name: the operator and phase.
-        stages: sweeps and loops in order of execution.
+        stages: sweeps and loops in order of execution; those that hold keys come last.
         row_inputs: tensors read per query row, in the input type.
-        col_inputs: tensors streamed per key, in the input type.
-        scalars: numbers that are the same for every row.
+        col_inputs: tensors read per key, in the input type.
+        scalars: numbers that are the same for every row, from the spec.
         row_scalars: given per row in float32.
-        outputs: state written in the input type at the end.
-        info: state written on request, for diagnosis.
+        outputs: what can be asked for, with the type that it is stored in: "input", "float32" or "int32". A name that
+            is ``rounded`` is stored as the terms that its value is the sum of.
+        given: state that another list of the operator has left, with kinds.
+        given_rounded, given_wide: those of ``given`` that are ``rounded`` and ``wide``.
+        value_wide: names as wide as the value, where all others are as wide as the query.
     """
 
     name: str
-    stages: tuple[Sweep | Loop, ...]
+    stages: tuple[Stage, ...]
     row_inputs: tuple[str, ...]
     col_inputs: tuple[str, ...]
     scalars: tuple[str, ...]
     row_scalars: tuple[str, ...]
-    outputs: tuple[str, ...]
-    info: tuple[str, ...]
+    outputs: Mapping[str, str]
+    given: Mapping[str, Kind] = field(default_factory=dict)
+    given_rounded: frozenset[str] = frozenset()
+    given_wide: frozenset[str] = frozenset()
+    value_wide: frozenset[str] = frozenset({"v"})
 
     @property
     def sweeps(self) -> tuple[Sweep, ...]:
         """The distinct sweeps in order."""
-        return tuple(s.sweep if isinstance(s, Loop) else s for s in self.stages)
+        return tuple(map(sweep_of, self.stages))
 
-    def kinds(self) -> dict[str, Kind]:
-        """Every name that some sweep assigns, with its kind."""
-        kinds: dict[str, Kind] = {}
+    @cached_property
+    def kinds(self) -> Mapping[str, Kind]:
+        """Every name that is given or that some sweep assigns, with its kind."""
+        kinds = dict(self.given)
         for sweep in self.sweeps:
             kinds |= sweep.writes()
         return kinds
 
+    @cached_property
     def rounded(self) -> frozenset[str]:
         """Names whose every value is ``rounded``: a backend may keep them in the input type."""
         assigns = [a for s in self.sweeps for a in (*s.prologue, *s.epilogue)]
-        return frozenset(a.name for a in assigns if a.value.op == "rounded")
+        return self.given_rounded | {a.name for a in assigns if a.value.op == "rounded"}
 
-    def state(self) -> dict[str, Kind]:
-        """What one sweep leaves for a later one (or for its own next turn), with kinds."""
-        read = frozenset().union(*(s.reads() for s in self.sweeps))
-        return {name: kind for name, kind in self.kinds().items() if name in read}
+    @cached_property
+    def wide(self) -> frozenset[str]:
+        """Names that keep the widest type of the tier, where large terms cancel against them."""
+        assigns = [a for s in self.sweeps for a in (*s.prologue, *s.epilogue)]
+        return self.given_wide | {a.name for a in assigns if a.value.op == "wide_dot"}
+
+    @cached_property
+    def key_outputs(self) -> frozenset[str]:
+        """The outputs with a row for every key instead of every query."""
+        held = frozenset().union(*(s.sums() for s in self.sweeps if s.holds == "keys"))
+        return held & self.outputs.keys()
+
+    def crossing(self, parts: Iterable[tuple[Stage, ...]]) -> dict[str, Kind]:
+        """What one of ``parts`` (stages that share a launch) leaves for another, or a lone loop for its next turn."""
+        parts = tuple(parts)
+        reads = [frozenset().union(*(sweep_of(s).reads() | _flag(s) for s in part)) for part in parts]
+        crosses: dict[str, Kind] = {}
+        for number, part in enumerate(parts):
+            lone_loop = len(part) == 1 and isinstance(part[0], Loop)
+            others = reads if lone_loop else reads[number + 1 :]
+            read = frozenset().union(*others)
+            for stage in part:
+                crosses |= {name: kind for name, kind in sweep_of(stage).writes().items() if name in read}
+        return crosses
 
     def products(self, iterations: float) -> float:
         """Tile products of the whole list when its loops turn ``iterations`` times."""
         return sum(s.sweep.products * iterations if isinstance(s, Loop) else s.products for s in self.stages)
 
+    @lru_cache(maxsize=None)  # noqa: B019: the lists of the operators live as long as the process
+    def wanting(self, names: tuple[str, ...]) -> SweepList:
+        """The part of the list that the outputs ``names`` depend on.
 
-_NO_KEYS_LSE = float("inf")  # makes every weight of a row without keys exp2(-inf) = 0
+        Raises:
+            ValueError: a name is not among the outputs.
+        """
+        if unknown := sorted(set(names) - self.outputs.keys()):
+            raise ValueError(f"{self.name} has no output {', '.join(unknown)}; it has {', '.join(self.outputs)}")
+        live, stages = frozenset(names), []
+        for stage in reversed(self.stages):
+            kept, live = _only(stage, live)
+            if kept is not None:
+                stages.append(kept)
+        stages = tuple(reversed(stages))
+        return replace(
+            self,
+            stages=stages,
+            outputs={name: dtype for name, dtype in self.outputs.items() if name in names},
+            given={name: kind for name, kind in self.given.items() if name in live},
+            given_rounded=self.given_rounded & live,
+            given_wide=self.given_wide & live,
+        )
 
+    def __hash__(self):
+        return id(self)
 
-def _stats() -> Sweep:
-    """Softmax statistics: kbar and lse; then CG from u = 0 in normalised form.
-
-    The residual and the direction are kept relative to ||r||, so that their products stay in range in any input type
-    however small the residual gets: with rho = ||r||, r = rho*residual and p = rho*direction. The direction is rounded
-    before it is used for anything, so that step, residual and probe all speak of the one that C was applied to.
-    """
-    row_sum, kbar = row("row_sum"), vector("kbar")
-    has_keys = row_sum > 0
-    delta, delta_norm = vector("delta"), row("delta_norm")
-    return Sweep(
-        name="stats",
-        softmax="online",
-        scores=(Score("s", "q", "k"),),
-        accumulators=(Accumulator("key_sum", P, "k"),),
-        epilogue=(
-            Assign("kbar", vector("key_sum") * where(has_keys, 1 / row_sum, 0)),
-            Assign("lse", where(has_keys, row("row_max") + log2(row_sum), _NO_KEYS_LSE)),
-            Assign("delta", where(has_keys, kbar - vector("q"), 0)),
-            Assign("delta_norm", sqrt(dot(delta, delta))),
-            Assign("residual", delta * where(delta_norm > 0, 1 / delta_norm, 0)),
-            *_next_direction(vector("residual")),
-            Assign("probe", delta * 0),
-            Assign("rho", row("delta_norm")),
-            Assign("active", where(delta_norm > 0, 1, 0)),
-            Assign("iterations", delta_norm * 0),
-        ),
-    )
+    def __eq__(self, other):
+        return self is other
 
 
-def _next_direction(value: Expr) -> tuple[Assign, Assign]:
-    return (
-        Assign("direction", rounded(value)),
-        Assign("direction_mean", dot(vector("direction"), vector("kbar"))),
-    )
+def _flag(stage: Stage) -> frozenset[str]:
+    return frozenset({stage.active}) if isinstance(stage, Loop) else frozenset()
 
 
-def _cg_step() -> Sweep:
-    """One conjugate-gradient step on (C + ridge I) u = kbar - q, with C applied through the keys.
-
-    C is positive semidefinite and ||direction|| >= 1, so the curvature is at least the ridge. Rounding can lose that:
-    a row whose curvature falls under half of it, or is not finite, keeps its last iterate.
-    """
-    direction, residual, active, rho = vector("direction"), vector("residual"), row("active"), row("rho")
-    step, growth, goes_on = row("step"), row("growth"), row("step") > 0
-    image, curvature = vector("image"), row("curvature")
-    usable = (active > 0) & (curvature > 0.5 * row("ridge")) & (curvature < float("inf"))
-    return Sweep(
-        name="cg_step",
-        softmax="saved",
-        scores=(Score("s", "q", "k"), Score("t", "direction", "k", center="direction_mean")),
-        accumulators=(Accumulator("covariance_direction", P * tile("t"), "k"),),
-        epilogue=(
-            Assign("image", vector("covariance_direction") + row("ridge") * direction),
-            Assign("curvature", dot(direction, image)),
-            Assign("step", where(usable, 1 / curvature, 0)),
-            Assign("probe", vector("probe") + (step * rho) * direction),
-            Assign("residual", where(goes_on, residual - step * image, residual)),
-            Assign("growth", where(goes_on, sqrt(dot(residual, residual)), 1)),
-            Assign("residual", residual * where(growth > 0, 1 / growth, 0)),
-            *_next_direction(where(goes_on, residual + growth * direction, direction)),
-            Assign("rho", rho * growth),
-            Assign("active", where(goes_on & (rho > scalar("cg_tol") * row("delta_norm")), 1, 0)),
-            Assign("iterations", row("iterations") + where(goes_on, 1, 0)),
-        ),
-    )
-
-
-def _output() -> Sweep:
-    """o = sum_j p_j (1 - u.(k_j - kbar)) v_j, with u as a unit vector times its norm.
-
-    A query that sees fewer keys than it has dimensions has a probe of norm |q|/ridge outside their span, which must
-    cancel in u.(k_j - kbar): in float32 that alone costs 1e-5 of the output at ridge 0.1.
-    """
-    probe, norm = vector("probe"), row("probe_norm")
-    return Sweep(
-        name="output",
-        softmax="saved",
-        prologue=(
-            Assign("probe_norm", sqrt(dot(probe, probe))),
-            Assign("unit_probe", rounded(probe * where(norm > 0, 1 / norm, 0))),
-            Assign("probe_mean", wide_dot(vector("unit_probe"), vector("kbar"))),
-        ),
-        scores=(Score("s", "q", "k"), Score("a", "unit_probe", "k", center="probe_mean", wide=True)),
-        accumulators=(Accumulator("out", P * (1 - norm * tile("a")), "v"),),
-        epilogue=(Assign("final_residual", row("rho") * where(row("delta_norm") > 0, 1 / row("delta_norm"), 0)),),
-    )
-
-
-@lru_cache(maxsize=None)
-def lower(op: str, phase: str) -> SweepList:
-    """The sweeps of an operator: ``("lla", "forward")`` is stats, cg_step*, output.
-
-    Raises:
-        NotImplementedError: no lowering is known for this operator and phase.
-    """
-    if (op, phase) != ("lla", "forward"):
-        raise NotImplementedError(f"no lowering for op {op!r}, phase {phase!r}; known: lla forward")
-    return SweepList(
-        name="lla_forward",
-        stages=(_stats(), Loop(_cg_step(), active="active"), _output()),
-        row_inputs=("q",),
-        col_inputs=("k", "v"),
-        scalars=("cg_tol",),
-        row_scalars=("ridge",),
-        outputs=("out",),
-        info=("iterations", "final_residual"),
-    )
+def _only(stage: Stage, live: frozenset[str]) -> tuple[Stage | None, frozenset[str]]:
+    """:meth:`Sweep.only` of a stage; a loop hands its own results on to its next turn, or is never entered."""
+    if not isinstance(stage, Loop):
+        return stage.only(live)
+    if not live & stage.sweep.writes().keys():
+        return None, live
+    live |= _flag(stage)
+    while True:
+        kept, before = stage.sweep.only(live)
+        if before <= live:
+            return replace(stage, sweep=kept), live
+        live |= before

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
 
+from lla_compile.lowering import lower
 from lla_compile.plans import SCHEDULES, KernelConfig
-from lla_compile.sweeps import lower
 
 if TYPE_CHECKING:
     from lla_compile.backends import Executable
@@ -41,7 +41,7 @@ class EagerBackend:
 
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         block_q, block_k = 128, 256
-        while block_q * block_k * max(spec.batch_heads, 1) > _CACHE_ELEMENTS and block_q * block_k > 64 * 64:
+        while block_q * block_k * max(spec.batch * spec.num_heads, 1) > _CACHE_ELEMENTS and block_q * block_k > 64 * 64:
             block_q, block_k = block_k // 2, block_q  # 128 x 256, 128 x 128, 64 x 128, 64 x 64
         cg_max_iters = _DEFAULT_CG_MAX_ITERS.get((spec.dtype, spec.precision), 32)
         if spec.head_dim > 128:
@@ -63,8 +63,9 @@ class EagerBackend:
     def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
         item = 8 if spec.dtype == "float64" else 4
         rows, keys = min(config.block_q, spec.seqlen_q), min(config.block_k, spec.seqlen_k)
-        needed = _TILES_ALIVE * spec.batch_heads * rows * keys * item
-        queries, keys = spec.batch_heads * spec.seqlen_q, spec.batch * spec.num_kv_heads * spec.seqlen_k
+        heads = spec.batch * spec.num_heads
+        needed = _TILES_ALIVE * heads * rows * keys * item
+        queries, keys = heads * spec.seqlen_q, spec.batch * spec.num_kv_heads * spec.seqlen_k
         tensors = (queries + keys) * (spec.head_dim + spec.head_dim_v) * item
         allowed = max(_WORK_BYTES, tensors)
         if needed <= allowed:
@@ -88,7 +89,7 @@ def _source_hash() -> str:
     import lla_compile
 
     package = Path(lla_compile.__file__).parent
-    files = [package / f"{name}.py" for name in ("expr", "masks", "precision", "sweeps")]
+    files = [package / f"{name}.py" for name in ("expr", "lowering", "masks", "precision", "storage", "sweeps")]
     files += sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for file in files:

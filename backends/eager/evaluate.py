@@ -41,30 +41,16 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1, keepdim=True)
 
 
-def _divide(x: Value, y: Value) -> Value:
-    """x / y, whose derivative at y = 0 is zero: expressions select such a value away, but 0 * inf would be NaN."""
-    if not (isinstance(y, Tensor) and y.requires_grad):
-        return x / y
-    return torch.where(y == 0, x / y.detach(), x / torch.where(y == 0, 1, y))
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """The square root, whose derivative at 0 is zero, for the same reason."""
-    if not x.requires_grad:
-        return x.sqrt()
-    return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
-
-
 _OPERATIONS = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
-    "div": _divide,
+    "div": operator.truediv,
     "gt": operator.gt,
     "lt": operator.lt,
     "and": operator.and_,
     "where": torch.where,
     "dot": _dot,
-    "sqrt": _sqrt,
+    "sqrt": torch.sqrt,
     "log2": torch.log2,
 }

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from lla_compile import masks, precision
+from lla_compile import masks, precision, storage
 from lla_compile.backends.eager.evaluate import Value, evaluate
-from lla_compile.sweeps import Loop, Sweep, lower
+from lla_compile.expr import Kind
+from lla_compile.lowering import lower
+from lla_compile.sweeps import Loop, Sweep, SweepList
 
 if TYPE_CHECKING:
     from lla_compile.plans import Plan
@@ -34,101 +36,198 @@ class _Tile:
 class EagerExecutable:
     """A plan of the eager backend; see :class:`lla_compile.backends.Executable`.
 
-    Differentiable through autograd (which then keeps every tile's weights, memory proportional to N*M). Leaving the CG
-    loop early reads a flag back from the device, so that a call on a GPU waits for it.
+    Leaving the CG loop early reads a flag back from the device, and packed sequences their lengths, so that a call on
+    a GPU waits for it.
     """
 
     def __init__(self, plan: Plan):
         self.plan = plan
+
+    @torch.no_grad()
+    def __call__(self, inputs: Mapping[str, Value], wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        spec = self.plan.spec
+        program = lower(spec.op, spec.phase).wanting(wanted)
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
+        packed = spec.num_sequences is not None
+        results = {name: storage.allocate(program, name, q, k, v, spec.precision, packed) for name in wanted}
+        with torch.autocast(q.device.type, enabled=False):
+            for part_spec, rows, keys in self._parts(inputs):
+                run = _Run(replace(self.plan, spec=part_spec), program, _slice(program, inputs, rows, keys))
+                for name, value in run.results().items():
+                    _place(program, name, results[name], rows, keys).copy_(value)
+        return results
+
+    def _parts(self, inputs: Mapping[str, Value]):
+        """(spec, rows, keys) of every independent problem: the whole, or one for each packed sequence."""
+        spec = self.plan.spec
+        if spec.num_sequences is None:
+            yield spec, slice(0, spec.seqlen_q), slice(0, spec.seqlen_k)
+            return
+        ends_q, ends_k = inputs["cu_seqlens_q"].tolist(), inputs["cu_seqlens_k"].tolist()
+        for start_q, stop_q, start_k, stop_k in zip(ends_q, ends_q[1:], ends_k, ends_k[1:]):
+            part = replace(spec, num_sequences=None, seqlen_q=stop_q - start_q, seqlen_k=stop_k - start_k)
+            yield part, slice(start_q, stop_q), slice(start_k, stop_k)
+
+
+def _slice(program: SweepList, inputs: Mapping[str, Value], rows: slice, keys: slice) -> dict[str, Value]:
+    """The inputs of one part; the axis of the length is the third, after that of the terms if there is one."""
+    sliced = dict(inputs)
+    for name in (*program.row_inputs, *program.row_scalars, *program.given):
+        if isinstance(inputs[name], Tensor):
+            sliced[name] = _place(program, name, inputs[name], rows, keys)
+    for name in program.col_inputs:
+        sliced[name] = inputs[name][:, :, keys]
+    return sliced
+
+
+def _place(program: SweepList, name: str, x: Tensor, rows: slice, keys: slice) -> Tensor:
+    part = keys if name in program.key_outputs else rows
+    return x[:, :, :, part] if name in program.rounded else x[:, :, part]
+
+
+class _Run:
+    """One problem of equal lengths: a plan and its inputs."""
+
+    def __init__(self, plan: Plan, program: SweepList, inputs: dict[str, Value]):
+        self.plan = plan
         self.spec = plan.spec
-        self.sweeps = lower(self.spec.op, self.spec.phase)
+        self.program = program
+        self.inputs = inputs
         self.terms = precision.split_terms(self.spec.dtype, self.spec.precision)
         self.wide = precision.is_wide(self.spec.dtype, self.spec.precision)
         self.shift = precision.weight_shift(self.spec.dtype)
-        self.dtype = torch.float64 if self.spec.dtype == "float64" else torch.float32
-        self.kept = {*self.sweeps.state(), *self.sweeps.outputs, *self.sweeps.info}
-        self.kept |= {*self.sweeps.row_inputs, *self.sweeps.row_scalars, *self.sweeps.scalars}
+        self.dtype = storage.state_dtype(inputs["q"].dtype)
+        self.columns = {name: self._columns(inputs[name]) for name in program.col_inputs}
+        crossing = program.crossing((stage,) for stage in program.stages)
+        self.kept = {*crossing, *program.outputs, *program.given}
+        self.kept |= {*program.row_inputs, *program.row_scalars, *program.scalars, "scale"}
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, ridge: Value, scale: Value, return_info: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        inputs = {"q": q, "k": k, "v": v, "ridge": ridge}
-        columns = {name: self._columns(inputs[name]) for name in self.sweeps.col_inputs}
-        tiles = self._tiles(inputs)
-        if self.plan.config.schedule == "split":
-            tiles = list(tiles)
-            self._run(tiles, columns, scale)
-        finished = []
-        for tile in tiles:
-            if self.plan.config.schedule == "fused":
-                self._run([tile], columns, scale)
-            finished.append({name: self._unfold(tile, name) for name in (*self.sweeps.outputs, *self.sweeps.info)})
-        (output,) = self.sweeps.outputs
-        out = self._join(finished, output, q.dtype, self.spec.head_dim_v, q.device)
-        if not (return_info and self.sweeps.info):
-            return out, None, None
-        iterations, residual = self.sweeps.info
-        return (
-            out,
-            self._join(finished, iterations, torch.int32, 1, q.device).squeeze(-1),
-            self._join(finished, residual, torch.float32, 1, q.device).squeeze(-1),
-        )
+    def results(self) -> dict[str, Tensor]:
+        """Every output, in the shape it is stored in."""
+        by_row = [stage for stage in self.program.stages if isinstance(stage, Loop) or stage.holds == "rows"]
+        by_key = [stage for stage in self.program.stages if stage not in by_row]
+        if self.plan.config.schedule == "split" or by_key:
+            tiles = list(self._tiles())
+            self._run(tiles, by_row)
+            finished = [self._unfold(tile) for tile in tiles]
+            sums = self._by_key(by_key, tiles)
+        else:
+            finished, sums = [], {}
+            for tile in self._tiles():
+                self._run([tile], by_row)
+                finished.append(self._unfold(tile))
+        row_outputs = [name for name in self.program.outputs if name not in self.program.key_outputs]
+        return {name: self._join(finished, name) for name in row_outputs} | sums
 
-    def _run(self, tiles: list[_Tile], columns: dict[str, Tensor], scale: Value) -> None:
+    def _run(self, tiles: list[_Tile], stages: list) -> None:
         """All stages, each over all the tiles; with one tile that is the fused schedule."""
-        for stage in self.sweeps.stages:
+        for stage in stages:
             if not isinstance(stage, Loop):
                 for tile in tiles:
-                    self._sweep(stage, tile, columns, scale)
+                    self._sweep(stage, tile)
                 continue
             running = tiles
             for _ in range(self.plan.cg_max_iters):
                 running = [tile for tile in running if tile.is_active(stage.active)]
                 for tile in running:
-                    self._sweep(stage.sweep, tile, columns, scale)
+                    self._sweep(stage.sweep, tile)
 
-    def _sweep(self, sweep: Sweep, tile: _Tile, columns: dict[str, Tensor], scale: Value) -> None:
+    def _sweep(self, sweep: Sweep, tile: _Tile) -> None:
         """Stream the visible keys past one tile and update its state."""
         values = dict(tile.values)
-        for assign in sweep.prologue:
-            values[assign.name] = evaluate(assign.value, values, self._round, self.wide)
-        operands = self._row_operands(sweep, values, scale)
-        sums: dict[str, Tensor] = {}
+        self._assign(sweep.prologue, values)
+        if sweep.accumulators:
+            self._stream(sweep, tile, values)
+        self._assign(sweep.epilogue, values)
+        tile.values = {name: x for name, x in values.items() if name in self.kept}
+
+    def _stream(self, sweep: Sweep, tile: _Tile, values: dict[str, Value]) -> None:
+        operands = self._row_operands(sweep, values)
+        sums: dict[str, Value] = {}
         row_max, row_sum = None, 0
-        spec = self.spec
-        keys = masks.key_range(tile.start, tile.stop, spec.seqlen_q, spec.seqlen_k, spec.is_causal, spec.window_size)
-        shift = self.shift if sweep.softmax == "saved" else 0
-        for start, stop, needs_mask in keys.tiles(self.plan.config.block_k):
-            tile_columns = {name: x[:, start:stop] for name, x in columns.items()}
-            scores = {
-                name: _product(row, tile_columns[col], center).to(self.dtype)
-                for name, (row, col, center) in operands.items()
-            }
+        for start, stop, needs_mask in self._keys(tile).tiles(self.plan.config.block_k):
+            scores = self._scores(operands, tile, start, stop, needs_mask)
             s = scores[sweep.scores[0].name]
-            if needs_mask:
-                s = s.masked_fill(~self._visible(tile, start, stop, s.device), -torch.inf)
             if sweep.softmax == "online":
                 row_max, anchor, decay = _next_max(row_max, s)
                 # Rounded before both sums, so that key_sum / row_sum stays a mean: keys that share an offset need it.
-                p = self._round((s - anchor).exp2())
-                row_sum = row_sum * decay + p.sum(-1, keepdim=True)
+                scores["p"] = self._round((s - anchor).exp2())
+                row_sum = row_sum * decay + scores["p"].sum(-1, keepdim=True)
                 sums = {name: x * decay for name, x in sums.items()}
-            else:
-                p = (s - values["lse"]).exp2()
-            tile_values = {**values, **scores, "p": p}
-            for accumulator in sweep.accumulators:
-                weight = evaluate(accumulator.weight, tile_values, self._round, self.wide)
-                weight = self._round(weight * 2**shift if shift else weight)
-                column = tile_columns[accumulator.col]
+            for accumulator, weight in self._weights(sweep, {**values, **scores}):
+                column = self.columns[accumulator.operand][:, start:stop]
                 previous = sums.get(accumulator.name)
-                sums[accumulator.name] = weight @ column if previous is None else previous.baddbmm(weight, column)
-        values |= {name: x * 2**-shift if shift else x for name, x in sums.items()}
+                total = weight @ column if previous is None else previous.baddbmm(weight, column)
+                sums[accumulator.name] = total
+                if accumulator.row_sum:
+                    sums[accumulator.row_sum] = sums.get(accumulator.row_sum, 0) + weight.sum(-1, keepdim=True)
+        values |= self._unshifted(sweep, sums)
         values |= {"row_max": row_max, "row_sum": row_sum}
-        for assign in sweep.epilogue:
-            values[assign.name] = evaluate(assign.value, values, self._round, self.wide)
-        tile.values = {name: x for name, x in values.items() if name in self.kept}
 
-    def _row_operands(self, sweep: Sweep, values: dict[str, Value], scale: Value) -> dict[str, tuple]:
+    def _by_key(self, sweeps: list[Sweep], tiles: list[_Tile]) -> dict[str, Tensor]:
+        """Sweeps that hold keys: for each key tile, all query tiles that see some of it."""
+        results = {}
+        spec, block = self.spec, self.plan.config.block_k
+        for sweep in sweeps:
+            operands = [self._row_operands(sweep, tile.values) for tile in tiles]
+            pieces: dict[str, list[Tensor]] = {a.name: [] for a in sweep.accumulators}
+            for start in range(0, spec.seqlen_k, block):
+                stop = min(start + block, spec.seqlen_k)
+                sums: dict[str, Value] = {name: 0 for name in pieces}
+                for tile, operand in zip(tiles, operands):
+                    keys = self._keys(tile)
+                    if stop <= keys.start or start >= keys.stop:
+                        continue
+                    needs_mask = start < keys.full_start or stop > keys.full_stop
+                    scores = self._scores(operand, tile, start, stop, needs_mask)
+                    for accumulator, weight in self._weights(sweep, {**tile.values, **scores}):
+                        sums[accumulator.name] = sums[accumulator.name] + weight.mT @ tile.values[accumulator.operand]
+                for name, value in self._unshifted(sweep, sums).items():
+                    pieces[name].append(self._key_piece(name, value, stop - start))
+            results |= {name: torch.cat(x, 2) if x else self._key_piece(name, 0, 0) for name, x in pieces.items()}
+        return {name: x for name, x in results.items() if name in self.program.outputs}
+
+    def _key_piece(self, name: str, value: Value, rows: int) -> Tensor:
+        spec = self.spec
+        width = spec.head_dim_v if name in self.program.value_wide else spec.head_dim
+        shape = (spec.batch, spec.num_kv_heads, rows, width)
+        if isinstance(value, Tensor):
+            return value.reshape(shape)
+        return torch.zeros(shape, dtype=self.dtype, device=self.inputs["k"].device)
+
+    def _assign(self, assigns: tuple, values: dict[str, Value]) -> None:
+        for assign in assigns:
+            values[assign.name] = evaluate(assign.value, values, self._round, self.wide)
+
+    def _scores(self, operands: dict[str, tuple], tile: _Tile, start: int, stop: int, needs_mask: bool) -> dict:
+        """The scores of a pair of tiles, the attention score (the first) masked."""
+        scores = {
+            name: _product(row, self.columns[col][:, start:stop], center).to(self.dtype)
+            for name, (row, col, center) in operands.items()
+        }
+        if needs_mask:
+            attention = next(iter(operands))
+            s = scores[attention]
+            scores[attention] = s.masked_fill(~self._visible(tile, start, stop, s.device), -torch.inf)
+        return scores
+
+    def _weights(self, sweep: Sweep, values: dict[str, Value]) -> Iterator[tuple]:
+        """(accumulator, rounded weight) of a pair of tiles."""
+        shift = 0
+        if sweep.softmax == "saved":
+            values["p"] = (values[sweep.scores[0].name] - values["lse"]).exp2()
+            shift = self.shift
+        self._assign(sweep.weights, values)
+        for accumulator in sweep.accumulators:
+            weight = evaluate(accumulator.weight, values, self._round, self.wide)
+            yield accumulator, self._round(weight * 2**shift if shift else weight)
+
+    def _unshifted(self, sweep: Sweep, sums: dict[str, Value]) -> dict[str, Value]:
+        if sweep.softmax == "online" or not self.shift:
+            return sums
+        return {name: x * 2**-self.shift for name, x in sums.items()}
+
+    def _row_operands(self, sweep: Sweep, values: dict[str, Value]) -> dict[str, tuple]:
         """(row, column name, center) of every score."""
         operands = {}
         for score in sweep.scores:
@@ -138,11 +237,15 @@ class EagerExecutable:
             operands[score.name] = (row, score.col, score.center and values[score.center])
         attention = sweep.scores[0].name
         row, col, center = operands[attention]
-        operands[attention] = (row * (scale * _LOG2_E), col, center)  # scores to base 2, for exp2
+        operands[attention] = (row * (values["scale"] * _LOG2_E), col, center)  # scores to base 2, for exp2
         return operands
 
     def _round(self, x: Tensor) -> Tensor:
         return precision.round_operand(x, self.spec.dtype, self.terms)
+
+    def _keys(self, tile: _Tile) -> masks.KeyRange:
+        spec = self.spec
+        return masks.key_range(tile.start, tile.stop, spec.seqlen_q, spec.seqlen_k, spec.is_causal, spec.window_size)
 
     def _visible(self, tile: _Tile, start: int, stop: int, device: torch.device) -> Tensor:
         """Mask of a tile, (group*rows, keys)."""
@@ -155,39 +258,57 @@ class EagerExecutable:
         """Keys or values as (B*Hkv, M, width) in the accumulation type."""
         return x.to(self.dtype).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-    def _tiles(self, inputs: dict[str, Value]) -> Iterator[_Tile]:
+    def _tiles(self) -> Iterator[_Tile]:
         """Yield the query tiles; rows that see no key are left out."""
-        spec, block = self.spec, self.plan.config.block_q
-        constants = {name: getattr(spec, name) for name in self.sweeps.scalars}
-        row_inputs = {name: inputs[name] for name in self.sweeps.row_inputs}
-        for name in self.sweeps.row_scalars:
-            value = inputs[name]
+        spec, block, program = self.spec, self.plan.config.block_q, self.program
+        constants = {name: getattr(spec, name) for name in program.scalars} | {"scale": self.inputs["scale"]}
+        rows = {name: self.inputs[name] for name in program.row_inputs}
+        for name, kind in program.given.items():
+            x = self.inputs[name]
+            x = x.to(self.dtype).sum(0) if name in program.rounded else x
+            rows[name] = x.unsqueeze(-1) if kind is Kind.ROW else x
+        for name in program.row_scalars:
+            value = self.inputs[name]
             if isinstance(value, Tensor):
-                row_inputs[name] = value.expand(spec.batch, spec.num_heads, spec.seqlen_q).unsqueeze(-1)
+                rows[name] = value.expand(spec.batch, spec.num_heads, spec.seqlen_q).unsqueeze(-1)
             else:
                 constants[name] = value
         first = masks.first_row_with_keys(spec.seqlen_q, spec.seqlen_k, spec.is_causal)
         for start in range(first if spec.batch else spec.seqlen_q, spec.seqlen_q, block):
             stop = min(start + block, spec.seqlen_q)
-            values = {name: self._fold(x[:, :, start:stop]) for name, x in row_inputs.items()}
-            yield _Tile(start, stop, {**constants, **values})
+            yield _Tile(start, stop, constants | {name: self._fold(name, x[:, :, start:stop]) for name, x in rows.items()})
 
-    def _fold(self, x: Tensor) -> Tensor:
+    def _fold(self, name: str, x: Tensor) -> Tensor:
         """(B, Hq, rows, width) to (B*Hkv, group*rows, width): the queries of a group share their keys in one product."""
         spec = self.spec
-        return x.to(self.dtype).reshape(spec.batch * spec.num_kv_heads, -1, x.shape[-1])
+        if not (self.wide and name in self.program.wide):
+            x = x.to(self.dtype)
+        return x.reshape(spec.batch * spec.num_kv_heads, -1, x.shape[-1])
 
-    def _unfold(self, tile: _Tile, name: str) -> Tensor:
-        x = tile.values[name]
-        return x.reshape(self.spec.batch, self.spec.num_heads, tile.stop - tile.start, x.shape[-1])
+    def _unfold(self, tile: _Tile) -> dict[str, Tensor]:
+        """The row outputs of a tile, (B, Hq, rows, width)."""
+        spec, program = self.spec, self.program
+        names = program.outputs.keys() - program.key_outputs
+        shape = (spec.batch, spec.num_heads, tile.stop - tile.start, -1)
+        return {name: tile.values[name].reshape(shape) for name in names}
 
-    def _join(self, tiles: list[dict], name: str, dtype: torch.dtype, width: int, device: torch.device) -> Tensor:
+    def _join(self, tiles: list[dict], name: str) -> Tensor:
         """Tiles of one output along the rows, after zeros for the rows that see no key."""
-        spec = self.spec
-        pieces = [tile[name].to(dtype) for tile in tiles]
+        spec, program = self.spec, self.program
+        width = spec.head_dim_v if name in program.value_wide else spec.head_dim
+        if program.kinds[name] is Kind.ROW:
+            width = 1
+        pieces = [tile[name] for tile in tiles]
         missing = spec.seqlen_q - sum(x.shape[2] for x in pieces)
-        zeros = torch.zeros(spec.batch, spec.num_heads, missing, width, dtype=dtype, device=device)
-        return torch.cat([zeros, *pieces], dim=2)
+        zeros = torch.zeros(
+            spec.batch, spec.num_heads, missing, width, dtype=self.dtype, device=self.inputs["q"].device
+        )
+        if name == "lse":
+            zeros = zeros + torch.inf
+        joined = torch.cat([zeros, *pieces], dim=2)
+        if name in program.rounded:
+            return torch.stack(precision.terms_of(joined, self.spec.dtype, self.terms))
+        return joined.squeeze(-1) if program.kinds[name] is Kind.ROW else joined
 
 
 def _product(row: Tensor, column: Tensor, center: Tensor | None) -> Tensor:
@@ -199,10 +320,9 @@ def _product(row: Tensor, column: Tensor, center: Tensor | None) -> Tensor:
 def _next_max(row_max: Tensor | None, s: Tensor) -> tuple[Tensor, Tensor, Value]:
     """Row maximum after tile ``s``, what to subtract from the scores, and the factor for the sums so far.
 
-    All constants to autograd: the maximum cancels in whatever depends on it. A row that has seen no key yet has
-    maximum -inf, which must not be subtracted.
+    A row that has seen no key yet has maximum -inf, which must not be subtracted.
     """
-    new_max = s.detach().amax(-1, keepdim=True)
+    new_max = s.amax(-1, keepdim=True)
     if row_max is not None:
         new_max = torch.maximum(row_max, new_max)
     anchor = torch.where(new_max == -torch.inf, 0, new_max)
