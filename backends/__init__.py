@@ -27,12 +27,12 @@ class Executable(Protocol):
 
         Args:
             inputs: by name. The row and key inputs of the sweeps, with a last stride of 1; what is given, laid out as
-                :func:`lla_compile.storage.allocate` does; ``ridge``, a number or a (B, Hq, N) tensor; ``scale``, a
+                :func:`lla_compile.storage.layout` does; ``ridge``, a number or a (B, Hq, N) tensor; ``scale``, a
                 number or a 0-dim tensor; ``cu_seqlens_q`` and ``cu_seqlens_k``, int32, if sequences are packed.
             wanted: the outputs to compute; nothing that only others depend on is.
 
         Returns:
-            ``wanted`` by name, as :func:`lla_compile.storage.allocate` lays them out.
+            ``wanted`` by name, as :func:`lla_compile.storage.layout` lays them out.
         """
 
 

@@ -215,7 +215,7 @@ class _Zeros:
         program = lower(spec.op, spec.phase)
         tensors = inputs["q"], inputs["k"], inputs["v"]
         packed = spec.num_sequences is not None
-        return {name: storage.allocate(program, name, *tensors, spec.precision, packed).zero_() for name in wanted}
+        return {name: storage.layout(program, name, *tensors, spec.precision, packed).empty(inputs["q"]).zero_() for name in wanted}
 
 
 def _flag(name: str) -> bool:

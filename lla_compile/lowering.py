@@ -210,6 +210,7 @@ def _lla_forward() -> SweepList:
         scalars=("cg_tol",),
         row_scalars=("ridge",),
         outputs={"out": "input"} | INFO | dict.fromkeys(SAVED, "float32"),
+        ordinary=("out",),
         value_wide=frozenset({"v", "out"}),
     )
 
@@ -224,6 +225,7 @@ def _lla_backward() -> SweepList:
         scalars=("cg_tol",),
         row_scalars=("ridge",),
         outputs={"dq": "input", "dk": "input", "dv": "input", "dridge": "float32", "dscale": "float32"} | INFO,
+        ordinary=("dq", "dk", "dv", "dridge"),
         given=SAVED,
         given_rounded=forward.rounded & SAVED.keys(),
         given_wide=forward.wide & SAVED.keys(),

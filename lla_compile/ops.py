@@ -40,7 +40,8 @@ def _allocated(phase: str, fields: Arguments, names: tuple[str, ...]) -> list[to
     arguments.check_tensors(fields.q, fields.k, fields.v)
     program, packed = lower("lla", phase), fields.cu_seqlens_q is not None
     return [
-        storage.allocate(program, name, fields.q, fields.k, fields.v, fields.precision, packed) for name in names
+        storage.layout(program, name, fields.q, fields.k, fields.v, fields.precision, packed).empty(fields.q)
+        for name in names
     ]
 
 

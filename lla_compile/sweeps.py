@@ -190,6 +190,7 @@ class SweepList:
         row_scalars: given per row in float32.
         outputs: what can be asked for, with the type that it is stored in: "input", "float32" or "int32". A name that
             is ``rounded`` is stored as the terms that its value is the sum of.
+        ordinary: the outputs of an ordinary call: what is tuned, and compiled ahead.
         given: state that another list of the operator has left, with kinds.
         given_rounded, given_wide: those of ``given`` that are ``rounded`` and ``wide``.
         value_wide: names as wide as the value, where all others are as wide as the query.
@@ -202,6 +203,7 @@ class SweepList:
     scalars: tuple[str, ...]
     row_scalars: tuple[str, ...]
     outputs: Mapping[str, str]
+    ordinary: tuple[str, ...]
     given: Mapping[str, Kind] = field(default_factory=dict)
     given_rounded: frozenset[str] = frozenset()
     given_wide: frozenset[str] = frozenset()

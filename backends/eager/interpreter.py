@@ -49,7 +49,7 @@ class EagerExecutable:
         program = lower(spec.op, spec.phase).wanting(wanted)
         q, k, v = inputs["q"], inputs["k"], inputs["v"]
         packed = spec.num_sequences is not None
-        results = {name: storage.allocate(program, name, q, k, v, spec.precision, packed) for name in wanted}
+        results = {name: storage.layout(program, name, q, k, v, spec.precision, packed).empty(q) for name in wanted}
         with torch.autocast(q.device.type, enabled=False):
             for part_spec, rows, keys in self._parts(inputs):
                 run = _Run(replace(self.plan, spec=part_spec), program, _slice(program, inputs, rows, keys))

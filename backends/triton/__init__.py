@@ -68,8 +68,8 @@ class TritonBackend:
 @lru_cache(maxsize=None)
 def _source_hash(op: str, phase: str, schedule: str) -> str:
     """Of the printed kernels and of the hand-written blocks that they call."""
-    primitives = (Path(__file__).parent / "primitives.py").read_text()
-    text = print_module(op, phase, schedule).text + primitives
+    written = "".join((Path(__file__).parent / name).read_text() for name in ("primitives.py", "packing.py"))
+    text = print_module(op, phase, schedule).text + written
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

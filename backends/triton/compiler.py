@@ -11,28 +11,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from lla_compile.backends import CompileError
-from lla_compile.backends.triton.source import CONSTEXPRS, Kernel, print_module
+from lla_compile.backends.triton.source import CONSTEXPRS, Module, print_module
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 @lru_cache(maxsize=None)
-def load_functions(op: str, phase: str, schedule: str) -> Mapping[str, object]:
+def load_functions(op: str, phase: str, schedule: str, wanted: tuple[str, ...]) -> Mapping[str, object]:
     """Execute a printed module: its ``@triton.jit`` functions by name."""
-    text = print_module(op, phase, schedule).text
+    text = print_module(op, phase, schedule, wanted).text
     # Triton reads a function's source back through inspect, which finds it here.
-    filename = f"<lla_compile {op} {phase} {schedule}>"
+    filename = f"<lla_compile {op} {phase} {schedule} {' '.join(wanted)}>"
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace = {"__name__": f"lla_compile.backends.triton.generated.{op}_{phase}_{schedule}"}
+    namespace = {"__name__": f"lla_compile.backends.triton.generated.{op}_{phase}_{schedule}_{'_'.join(wanted)}"}
     exec(compile(text, filename, "exec"), namespace)
     return namespace
 
 
 def compile_kernel(
     function,
-    kernel: Kernel,
+    module: Module,
     *,
     dtype: str,
+    wide: bool,
     constants: Mapping[str, object],
     absent: frozenset[str],
     aligned: bool,
@@ -44,8 +45,9 @@ def compile_kernel(
 
     Args:
         function: the ``@triton.jit`` function.
-        kernel: its printed description.
+        module: what it was printed with.
         dtype: type of q, k, v and the output.
+        wide: whether the tier stores wide numbers in float64.
         constants: a value for each name in CONSTEXPRS.
         absent: pointer parameters that are None in this variant.
         aligned: whether every pointer is 16-byte aligned and every stride a multiple of 16 bytes.
@@ -56,18 +58,19 @@ def compile_kernel(
     Raises:
         CompileError: the compiler refused; the message is its last line.
     """
+    kinds = {"*in": f"*{_TYPES[dtype]}", "*wide": "*fp64" if wide else "*fp32"}
     signature, attributes = {}, {}
-    fixed = {(len(kernel.parameters) + i,): constants[name] for i, name in enumerate(CONSTEXPRS)}
+    fixed = {(len(module.parameters) + i,): constants[name] for i, name in enumerate(CONSTEXPRS)}
     elements = 16 // (4 if dtype == "float32" else 2)
-    for position, (name, kind) in enumerate(kernel.parameters):
+    for position, (name, kind) in enumerate(module.parameters):
         if name in absent:
             signature[name] = "constexpr"
             fixed[position,] = None
             continue
-        signature[name] = f"*{_TYPES[dtype]}" if kind == "*in" else kind
+        signature[name] = kinds.get(kind, kind)
         if aligned and kind.startswith("*"):
             attributes[position,] = [["tt.divisibility", 16]]
-        elif aligned and kind == "i64" and not name.startswith("ridge"):
+        elif aligned and kind == "i64" and "_stride_" in name and not name.startswith("ridge"):
             attributes[position,] = [["tt.divisibility", elements]]
     signature |= {name: "constexpr" for name in CONSTEXPRS}
     major, minor = compute_capability.split(".")
@@ -78,4 +81,4 @@ def compile_kernel(
         return triton.compile(source, target=GPUTarget("cuda", 10 * int(major) + int(minor), 32), options=options)
     except Exception as error:  # the compiler raises from every layer: Python, MLIR (RuntimeError), ptxas
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise CompileError(f"{kernel.name} did not compile for sm_{major}{minor}: {lines[-1]}") from error
+        raise CompileError(f"{function.__name__} did not compile for sm_{major}{minor}: {lines[-1]}") from error

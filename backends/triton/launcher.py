@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 import torch
 import triton
 
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
+from lla_compile.backends.triton.packing import max_tiles, tile_table
 from lla_compile.backends.triton.resources import padded_width
-from lla_compile.backends.triton.source import CONSTEXPRS, Module, print_module
-from lla_compile.expr import Kind
+from lla_compile.backends.triton.source import CONSTEXPRS, Kernel, Module, print_module, strided_outputs
+from lla_compile.lowering import lower
 from lla_compile.precision import is_wide, split_terms, weight_shift
+from lla_compile.storage import Layout, layout
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
     from lla_compile.plans import KernelConfig, Plan
     from lla_compile.spec import LLASpec
+    from lla_compile.sweeps import SweepList
 
 _INPUT_PRECISION = {"fast": "tf32", "accurate": "tf32x3"}  # of float32 tile products; 16-bit ones ignore it
 _NO_FLOAT64_PRODUCTS = 10.0  # compute capability from which Triton 3.6 does not compile them
-# Heads run in groups whose keys and values take at most this share of the L2. On an H200 groups of 4 to 32 MB were
+# Heads run in groups whose streamed operands take at most this share of the L2. On an H200 groups of 4 to 32 MB were
 # within 8 % of the fastest at every size tried; all heads at once cost up to 15 % at N = 16384.
 _L2_SHARE = 0.2
 
@@ -32,7 +35,6 @@ def constants(
     *,
     ridge_tensor: bool = False,
     scale_tensor: bool = False,
-    return_info: bool = False,
 ) -> dict[str, object]:
     """Compile-time values that the spec, the configuration, the device and the kinds of the arguments decide."""
     return {
@@ -45,13 +47,14 @@ def constants(
         "NUM_STAGES": config.num_stages,
         "CAUSAL": spec.is_causal,
         "WINDOWED": spec.window_size is not None,
+        "PACKED": spec.num_sequences is not None,
+        "GROUPED": spec.group_size > 1,
         "TERMS": split_terms(spec.dtype, spec.precision),
         "INPUT_PRECISION": _INPUT_PRECISION[spec.precision],
         "WIDE": is_wide(spec.dtype, spec.precision) and float(device.compute_capability or 0) < _NO_FLOAT64_PRODUCTS,
         "WEIGHT_SHIFT": weight_shift(spec.dtype),
         "RIDGE_TENSOR": ridge_tensor,
         "SCALE_TENSOR": scale_tensor,
-        "RETURN_INFO": return_info,
     }
 
 
@@ -60,142 +63,218 @@ def compile_variant(
     config: KernelConfig,
     device: DeviceInfo,
     *,
+    wanted: tuple[str, ...] | None = None,
     aligned: bool = True,
-    **kinds: bool,
+    ridge_tensor: bool = False,
+    scale_tensor: bool = False,
 ) -> list:
-    """Compile every kernel of a plan for one combination of argument kinds (see :func:`constants`), in launch order."""
-    module = print_module(spec.op, spec.phase, config.schedule)
-    functions = load_functions(spec.op, spec.phase, config.schedule)
-    values = constants(spec, config, device, **kinds)
-    absent = _absent(module, values)
-    return [
-        compile_kernel(
-            functions[kernel.name],
-            kernel,
-            dtype=spec.dtype,
-            constants=values,
-            absent=absent,
-            aligned=aligned,
-            compute_capability=device.compute_capability,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+    """Compile every kernel of a plan for one combination of outputs and argument kinds, in launch order.
+
+    ``wanted`` None stands for the outputs of an ordinary call.
+    """
+    wanted = lower(spec.op, spec.phase).ordinary if wanted is None else wanted
+    module = print_module(spec.op, spec.phase, config.schedule, wanted)
+    functions = load_functions(spec.op, spec.phase, config.schedule, wanted)
+    compiled = []
+    for kernel in module.kernels:
+        own = config_of(kernel, config)
+        values = constants(spec, own, device, ridge_tensor=ridge_tensor, scale_tensor=scale_tensor)
+        compiled.append(
+            compile_kernel(
+                functions[kernel.name],
+                module,
+                dtype=spec.dtype,
+                wide=is_wide(spec.dtype, spec.precision),
+                constants=values,
+                absent=_absent(values),
+                aligned=aligned,
+                compute_capability=device.compute_capability,
+                num_warps=own.num_warps,
+                num_stages=own.num_stages,
+            )
         )
-        for kernel in module.kernels
-    ]
+    return compiled
 
 
-def _absent(module: Module, values: dict[str, object]) -> frozenset[str]:
+def config_of(kernel: Kernel, config: KernelConfig) -> KernelConfig:
+    """The tile of one kernel."""
+    return config.holding_keys if kernel.holds == "keys" else config
+
+
+def _absent(values: dict[str, object]) -> frozenset[str]:
     """Pointer parameters that are None under these constants."""
     names = [] if values["RIDGE_TENSOR"] else ["ridge_ptr"]
     names += [] if values["SCALE_TENSOR"] else ["scale_ptr"]
-    names += [] if values["RETURN_INFO"] else ["iterations_ptr", "final_residual_ptr"]
-    names += [] if values["TERMS"] == 2 else [f"{name}_low_state" for name in module.rounded_state]
+    if not values["PACKED"]:
+        names += ["cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "row_tiles_ptr", "key_tiles_ptr"]
     return frozenset(names)
+
+
+class _Bound(NamedTuple):
+    """What calls for the same outputs with the same kinds of arguments share.
+
+    Attributes:
+        launches: one callable per launch; a repeated kernel stands in the list once per CG iteration.
+        outputs: name and layout of each output, in the order they were asked for.
+        state: the same of what crosses launches.
+        pointers: names of inputs, given, outputs and state in the kernels' order.
+        strided: names of the inputs whose strides are passed.
+        tail: the arguments after the strides of inputs.
+        holds: "rows", "keys": the sides whose tiles need a table when sequences are packed.
+    """
+
+    launches: list[Callable]
+    outputs: tuple[tuple[str, Layout], ...]
+    state: tuple[tuple[str, Layout], ...]
+    pointers: tuple[str, ...]
+    strided: tuple[str, ...]
+    tail: tuple
+    holds: frozenset[str]
 
 
 class Launcher:
     """Executable of the Triton backend; see :class:`lla_compile.backends.Executable`."""
 
     def __init__(self, plan: Plan):
-        spec, config, device = plan.spec, plan.config, plan.device
         self._plan = plan
-        self._spec = spec
-        self._dtype = getattr(torch, spec.dtype)
-        self._module = print_module(spec.op, spec.phase, config.schedule)
-        self._grid = (triton.cdiv(spec.seqlen_q, config.block_q) * spec.batch_heads, 1, 1)
-        self._stride_elements = 16 // self._dtype.itemsize
-        self._counts = (
-            plan.cg_max_iters,
-            spec.batch_heads,
+        self._spec = plan.spec
+        self._stride_elements = 16 // getattr(torch, plan.spec.dtype).itemsize
+        self._bound: dict[tuple, _Bound] = {}
+
+    def __call__(self, inputs, wanted):
+        spec = self._spec
+        q, ridge, scale = inputs["q"], inputs["ridge"], inputs["scale"]
+        ridge_ptr, ridge_strides = None, (0, 0, 0)
+        if isinstance(ridge, torch.Tensor):
+            ridge_ptr = ridge.to(torch.float32).expand(q.shape[:3])
+            ridge, ridge_strides = 1.0, ridge_ptr.stride()
+        scale_ptr = None
+        if isinstance(scale, torch.Tensor):
+            scale_ptr, scale = scale.to(torch.float32), 1.0
+
+        program_inputs = lower(spec.op, spec.phase)
+        strides, aligned = [], True
+        for name in (*program_inputs.row_inputs, *program_inputs.col_inputs):
+            x = inputs[name]
+            strides += x.stride()[:3]
+            aligned = aligned and x.data_ptr() % 16 == 0
+        for stride in strides:
+            aligned = aligned and stride % self._stride_elements == 0
+        variant = (wanted, ridge_ptr is not None, scale_ptr is not None, aligned)
+        bound = self._bound.get(variant)
+        if bound is None:
+            bound = self._bound[variant] = self._bind(inputs, *variant)
+
+        results = {name: place.empty(q) for name, place in bound.outputs}
+        tensors = {**inputs, **results} if not bound.state else {
+            **inputs, **results, **{name: place.empty(q) for name, place in bound.state}
+        }  # fmt: skip
+        args = (
+            *[tensors[name] for name in bound.pointers],
+            *self._tables(inputs, bound),
+            *(scale_ptr, scale, ridge_ptr, ridge, *ridge_strides, *strides, *bound.tail),
+        )
+        for launch in bound.launches:
+            launch(*args)
+        return results
+
+    def _tables(self, inputs, bound: _Bound) -> tuple[torch.Tensor | None, ...]:
+        """Arguments of packed sequences: where they end, and which tile runs when."""
+        spec = self._spec
+        if spec.num_sequences is None:
+            return None, None, None, None
+        ends_q, ends_k = inputs["cu_seqlens_q"], inputs["cu_seqlens_k"]
+        config, keys_config = self._plan.config, self._plan.config.holding_keys
+        rows = keys = None
+        if "rows" in bound.holds:
+            rows = tile_table(ends_q, ends_k, spec.seqlen_q, config.block_q, spec.is_causal, "rows")
+        if "keys" in bound.holds:
+            keys = tile_table(ends_k, ends_q, spec.seqlen_k, keys_config.block_k, spec.is_causal, "keys")
+        return ends_q, ends_k, rows, keys
+
+    def _bind(self, inputs, wanted: tuple[str, ...], ridge_tensor: bool, scale_tensor: bool, aligned: bool) -> _Bound:
+        spec, config, device = self._spec, self._plan.config, self._plan.device
+        module = print_module(spec.op, spec.phase, config.schedule, wanted)
+        program = module.program
+        packed = spec.num_sequences is not None
+        q, k, v = inputs["q"], inputs["k"], inputs["v"]
+
+        def places(names) -> tuple[tuple[str, Layout], ...]:
+            return tuple((name, layout(program, name, q, k, v, spec.precision, packed)) for name in names)
+
+        outputs = places(wanted)
+        shapes = {name: place.empty(q.new_empty(0, device="meta")) for name, place in outputs}
+        strides = [stride for name in strided_outputs(program) for stride in shapes[name].stride()[:3]]
+        return _Bound(
+            launches=self._launches(module, wanted, ridge_tensor, scale_tensor, aligned),
+            outputs=outputs,
+            state=places(module.state),
+            pointers=(
+                *program.row_inputs, *program.col_inputs, *program.given, *program.outputs, *module.state,
+            ),
+            strided=(*program.row_inputs, *program.col_inputs),
+            tail=(*strides, *self._numbers(program)),
+            holds=frozenset(kernel.holds for kernel in module.kernels),
+        )  # fmt: skip
+
+    def _numbers(self, program: SweepList) -> tuple:
+        """The arguments that the spec decides, in the kernels' order."""
+        spec, device = self._spec, self._plan.device
+        item = getattr(torch, spec.dtype).itemsize
+        heads = spec.batch * spec.num_heads
+        columns = spec.mean_seqlens[1] * (spec.head_dim + spec.head_dim_v) * item
+        rows = spec.mean_seqlens[0] * (3 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
+        return (
+            *(getattr(spec, name) for name in program.scalars),
+            heads * spec.seqlen_q,
+            self._plan.cg_max_iters,
+            heads,
             spec.num_heads,
             spec.group_size,
-            _heads_per_group(spec, device, self._dtype.itemsize),
+            _heads_per_group(heads, columns, spec.group_size, device),
+            _heads_per_group(heads // spec.group_size, rows, 1, device),
             spec.seqlen_q,
             spec.seqlen_k,
             spec.window_size or 0,
+            spec.num_sequences or 0,
         )
-        rows = spec.batch_heads * spec.seqlen_q
-        # Chunks are padded so that each starts aligned to 16 bytes.
-        widths = {Kind.VECTOR: spec.head_dim, Kind.ROW: 1}
-        self._state_sizes = [_padded(rows * widths[kind]) for _, kind in self._module.state]
-        self._rounded_size = _padded(rows * spec.head_dim)
-        self._launches: dict[tuple, list[Callable]] = {}
 
-    def __call__(self, q, k, v, ridge, scale, return_info):
-        spec = self._spec
-        out = torch.empty((spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v), dtype=q.dtype, device=q.device)
-        iterations = residual = None
-        if return_info:
-            iterations = torch.zeros(out.shape[:3], dtype=torch.int32, device=q.device)
-            residual = torch.zeros(out.shape[:3], dtype=torch.float32, device=q.device)
-        if out.numel() == 0:
-            return out, iterations, residual
-
-        ridge_ptr, ridge_value, ridge_strides = None, ridge, (0, 0, 0)
-        if isinstance(ridge, torch.Tensor):
-            ridge_ptr = ridge.to(torch.float32).expand(out.shape[:3])
-            ridge_value, ridge_strides = 1.0, ridge_ptr.stride()
-        scale_ptr, scale_value = None, scale
-        if isinstance(scale, torch.Tensor):
-            scale_ptr, scale_value = scale.to(torch.float32), 1.0
-
-        strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        aligned = not (q.data_ptr() % 16 or k.data_ptr() % 16 or v.data_ptr() % 16)
-        for stride in strides:
-            aligned = aligned and stride % self._stride_elements == 0
-        variant = (ridge_ptr is not None, scale_ptr is not None, return_info, aligned)
-        launches = self._launches.get(variant)
-        if launches is None:
-            launches = self._launches[variant] = self._bind(*variant)
-
-        state = ()
-        if self._module.state:
-            state = self._allocate_state(q)
-        args = (
-            *(q, k, v, out, iterations, residual, *state),
-            *(scale_ptr, scale_value, ridge_ptr, ridge_value, *ridge_strides, *strides, spec.cg_tol, *self._counts),
-        )
-        for launch in launches:
-            launch(*args)
-        return out, iterations, residual
-
-    def _allocate_state(self, q: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """What crosses the launches of a split schedule: Theta(n d), in two allocations."""
-        state = torch.empty(sum(self._state_sizes), dtype=torch.float32, device=q.device).split(self._state_sizes)
-        names, terms = self._module.rounded_state, split_terms(self._spec.dtype, self._spec.precision)
-        rounded = torch.empty(len(names) * terms * self._rounded_size, dtype=q.dtype, device=q.device)
-        chunks = iter(rounded.split(self._rounded_size))
-        return (*state, *(next(chunks) if term < terms else None for _ in names for term in range(2)))
-
-    def _bind(self, ridge_tensor: bool, scale_tensor: bool, return_info: bool, aligned: bool) -> list[Callable]:
-        """One callable per launch; the repeated kernel stands in the list once per CG iteration."""
-        spec, config, device = self._plan.spec, self._plan.config, self._plan.device
-        kinds = dict(ridge_tensor=ridge_tensor, scale_tensor=scale_tensor, return_info=return_info)
-        values = constants(spec, config, device, **kinds)
-        fixed = [values[name] for name in CONSTEXPRS]
+    def _launches(
+        self, module: Module, wanted: tuple[str, ...], ridge_tensor: bool, scale_tensor: bool, aligned: bool
+    ) -> list[Callable]:
+        spec, config, device = self._spec, self._plan.config, self._plan.device
+        kinds = dict(ridge_tensor=ridge_tensor, scale_tensor=scale_tensor)
         if triton.knobs.runtime.interpret:
-            functions = load_functions(spec.op, spec.phase, config.schedule)
-            runners = [functions[kernel.name][self._grid] for kernel in self._module.kernels]
+            functions = load_functions(spec.op, spec.phase, config.schedule, wanted)
+            kernels = [functions[kernel.name] for kernel in module.kernels]
         else:
-            compiled = compile_variant(spec, config, device, aligned=aligned, **kinds)
-            runners = [kernel[self._grid] for kernel in compiled]
+            kernels = compile_variant(spec, config, device, wanted=wanted, aligned=aligned, **kinds)
         launches: list[Callable] = []
-        for kernel, runner in zip(self._module.kernels, runners):
-            launch = _with_constants(runner, fixed)
+        for kernel, runner in zip(module.kernels, kernels):
+            own = config_of(kernel, config)
+            values = constants(spec, own, device, **kinds)
+            launch = _with_constants(runner[self._grid(kernel, own)], [values[name] for name in CONSTEXPRS])
             launches += [launch] * (self._plan.cg_max_iters if kernel.repeated else 1)
         return launches
 
+    def _grid(self, kernel: Kernel, config: KernelConfig) -> tuple[int, int, int]:
+        spec = self._spec
+        if kernel.holds == "rows":
+            length, block, heads = spec.seqlen_q, config.block_q, spec.num_heads
+        else:
+            length, block, heads = spec.seqlen_k, config.block_k, spec.num_kv_heads
+        if spec.num_sequences is None:
+            tiles = triton.cdiv(length, block)
+        else:
+            tiles = max_tiles(length, spec.num_sequences, block)
+        return (tiles * spec.batch * heads, 1, 1)
 
-def _heads_per_group(spec: LLASpec, device: DeviceInfo, item_bytes: int) -> int:
-    """Query heads that run together, in groups of about equal size."""
-    bytes_per_head = max(1, spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * item_bytes)
-    kv_heads = max(2, int(device.l2_bytes * _L2_SHARE) // bytes_per_head)
-    groups = max(1, -(-spec.batch_heads // (kv_heads * spec.group_size)))
-    return max(1, -(-spec.batch_heads // groups))
 
-
-def _padded(elements: int) -> int:
-    return -(-elements // 8) * 8
+def _heads_per_group(heads: int, bytes_per_head: int, sharing: int, device: DeviceInfo) -> int:
+    """Heads that run together, in groups of about equal size; ``sharing`` of them stream the same operands."""
+    together = max(2, int(device.l2_bytes * _L2_SHARE) // max(1, bytes_per_head))
+    groups = max(1, -(-heads // (together * sharing)))
+    return max(1, -(-heads // groups))
 
 
 def _with_constants(runner: Callable, fixed: list) -> Callable:

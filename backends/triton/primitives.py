@@ -5,22 +5,46 @@ import triton.language as tl
 
 
 @triton.jit
-def program_tile(pid, num_tiles, batch_heads, heads_per_group, CAUSAL: tl.constexpr):
-    """Map a program to (head, query tile).
+def program_head(pid, num_tiles, batch_heads, heads_per_group):
+    """Map a program to a head and a rank among the tiles of that head.
 
-    Heads run in groups whose keys and values fit in the L2 cache together. Within a group the longest causal rows go
-    first, so that short ones fill the tail; the first tile goes before all: its rows see fewer keys than head_dim,
-    their covariance is singular and they take the most CG iterations.
+    Heads run in groups whose streamed operands fit in the L2 cache together; within a group all heads have a tile of
+    one rank before any has the next.
     """
     group = pid // (num_tiles * heads_per_group)
     first_head = group * heads_per_group
     size = tl.minimum(batch_heads - first_head, heads_per_group)
     local = pid - group * (num_tiles * heads_per_group)
-    rank = local // size
+    return first_head + local % size, local // size
+
+
+@triton.jit
+def row_tile(rank, num_tiles, CAUSAL: tl.constexpr):
+    """The query tile of a rank: the longest causal rows go first, so that short ones fill the tail.
+
+    The first tile goes before all: its rows see fewer keys than head_dim, their covariance is singular and they take
+    the most CG iterations.
+    """
     tile = rank
     if CAUSAL:
         tile = tl.where(rank == 0, 0, num_tiles - rank)
-    return first_head + local % size, tile
+    return tile
+
+
+@triton.jit
+def packed_tile(tiles_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, rank):
+    """The tile of a rank among packed sequences: its number in the sequence, and where queries and keys start and stop.
+
+    A rank beyond the last tile has sequence -1, and gets no queries and no keys.
+    """
+    sequence = tl.load(tiles_ptr + 2 * rank)
+    tile = tl.load(tiles_ptr + 2 * rank + 1)
+    exists = sequence >= 0
+    q_start = tl.load(cu_seqlens_q_ptr + sequence, mask=exists, other=0)
+    k_start = tl.load(cu_seqlens_k_ptr + sequence, mask=exists, other=0)
+    q_stop = tl.load(cu_seqlens_q_ptr + sequence + 1, mask=exists, other=0)
+    k_stop = tl.load(cu_seqlens_k_ptr + sequence + 1, mask=exists, other=0)
+    return tile, q_start, q_stop - q_start, k_start, k_stop - k_start
 
 
 @triton.jit
@@ -56,18 +80,64 @@ def key_segments(
 
 
 @triton.jit
-def visible(
-    offs_m, start_n, seqlen_q, seqlen_k, window, BLOCK_K: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr
+def query_segments(
+    start_n,
+    seqlen_q,
+    seqlen_k,
+    window,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
-    """The mask of a (rows, keys) tile."""
-    offs_n = start_n + tl.arange(0, BLOCK_K)
-    mask = offs_n[None, :] < seqlen_k
+    """Bounds of the queries that see a key tile: (start, full_start, full_stop, stop).
+
+    Tiles in [full_start, full_stop) see every key of the tile and lie within the sequence, those before and after need
+    the mask.
+    """
+    start = 0
+    full_start = 0
+    stop = seqlen_q
+    full_stop = seqlen_q
     if CAUSAL:
-        last = offs_m + (seqlen_k - seqlen_q)
-        mask = mask & (offs_n[None, :] <= last[:, None])
+        shift = seqlen_k - seqlen_q
+        last_n = tl.minimum(start_n + BLOCK_K, seqlen_k) - 1
+        start = tl.maximum(start_n - shift, 0) // BLOCK_Q * BLOCK_Q
+        full_start = tl.cdiv(tl.maximum(last_n - shift, 0), BLOCK_Q) * BLOCK_Q
         if WINDOWED:
-            mask = mask & (offs_n[None, :] > last[:, None] - window)
+            stop = tl.maximum(tl.minimum(last_n - shift + window, seqlen_q), 0)
+            full_stop = tl.maximum(tl.minimum(start_n - shift + window, seqlen_q), 0)
+    full_start = tl.minimum(full_start, tl.cdiv(stop, BLOCK_Q) * BLOCK_Q)
+    full_stop = tl.maximum(full_stop // BLOCK_Q * BLOCK_Q, full_start)
+    return start, full_start, full_stop, stop
+
+
+@triton.jit
+def visible(m, n, seqlen_q, seqlen_k, window, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr):
+    """The mask of a tile from its query numbers ``m`` and key numbers ``n``, which broadcast against each other."""
+    mask = n < seqlen_k
+    if CAUSAL:
+        last = m + (seqlen_k - seqlen_q)
+        mask = mask & (n <= last)
+        if WINDOWED:
+            mask = mask & (n > last - window)
     return mask
+
+
+@triton.jit
+def load_rows(base, start, stop, other, BLOCK: tl.constexpr, RAGGED: tl.constexpr):
+    """Numbers [start, start + BLOCK) of a row vector, ``other`` from ``stop`` on."""
+    rows = start + tl.arange(0, BLOCK)
+    if RAGGED:
+        return tl.load(base + rows, mask=rows < stop, other=other)
+    return tl.load(base + rows)
+
+
+@triton.jit
+def store_rows(base, value, start, stop, BLOCK: tl.constexpr):
+    """Inverse of :func:`load_rows`: what lies beyond ``stop`` is not written."""
+    rows = start + tl.arange(0, BLOCK)
+    tl.store(base + rows, value.to(base.dtype.element_ty), mask=rows < stop)
 
 
 @triton.jit
@@ -134,17 +204,30 @@ def joined(high, low, TERMS: tl.constexpr):
 
 
 @triton.jit
-def row_product(high, low, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.constexpr, WIDE: tl.constexpr):
-    """(high + low) . column^T, a (rows, keys) tile in float32; ``low`` is read only with two TERMS.
+def score_product(
+    held_high,
+    held_low,
+    streamed_high,
+    streamed_low,
+    HELD_TERMS: tl.constexpr,
+    STREAMED_TERMS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """held . streamed^T, each the sum of one or two terms, in float32; a low term is read only where there are two.
 
     WIDE takes the product in float64 and leaves it there.
     """
     if WIDE:
-        return tl.dot(high.to(tl.float64), tl.trans(column.to(tl.float64)), out_dtype=tl.float64)
+        return tl.dot(
+            held_high.to(tl.float64), tl.trans(streamed_high.to(tl.float64)), out_dtype=tl.float64
+        )
     else:
-        product = tl.dot(high, tl.trans(column), input_precision=INPUT_PRECISION)
-        if TERMS == 2:
-            product = tl.dot(low, tl.trans(column), product, input_precision=INPUT_PRECISION)
+        product = tl.dot(held_high, tl.trans(streamed_high), input_precision=INPUT_PRECISION)
+        if HELD_TERMS == 2:
+            product = tl.dot(held_low, tl.trans(streamed_high), product, input_precision=INPUT_PRECISION)
+        if STREAMED_TERMS == 2:
+            product = tl.dot(held_high, tl.trans(streamed_low), product, input_precision=INPUT_PRECISION)
         return product
 
 
@@ -158,9 +241,20 @@ def wide_dot(x, y, WIDE: tl.constexpr):
 
 
 @triton.jit
-def accumulate(total, high, low, column, TERMS: tl.constexpr, INPUT_PRECISION: tl.constexpr):
-    """total + (high + low) @ column; ``low`` is read only with two TERMS."""
-    total = tl.dot(high, column, total, input_precision=INPUT_PRECISION)
+def accumulate(
+    total,
+    weight_high,
+    weight_low,
+    operand_high,
+    operand_low,
+    TERMS: tl.constexpr,
+    OPERAND_TERMS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """total + weight @ operand; the product of two low terms is below the accuracy of either and left out."""
+    total = tl.dot(weight_high, operand_high, total, input_precision=INPUT_PRECISION)
     if TERMS == 2:
-        total = tl.dot(low, column, total, input_precision=INPUT_PRECISION)
+        total = tl.dot(weight_low, operand_high, total, input_precision=INPUT_PRECISION)
+    if OPERAND_TERMS == 2:
+        total = tl.dot(weight_high, operand_low, total, input_precision=INPUT_PRECISION)
     return total

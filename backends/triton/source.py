@@ -1,7 +1,8 @@
 """Printing sweeps as Triton kernels. Needs no Triton: the text can be read, hashed and compared anywhere.
 
-One kernel is printed for the `fused` schedule and one per sweep for `split`; both are the same pieces in another order:
-the opening (which tile, which rows), the sweeps, and loads and stores of whatever crosses a launch.
+A schedule cuts the stages of an operator into launches. `split` makes one of every stage; `fused` lets all stages that
+hold query rows share one, and only sweeps that hold keys have their own. Every kernel is the same pieces in another
+order: the opening (which tile, whose inputs), the sweeps, and loads and stores of what crosses a launch.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lla_compile.backends.triton.sweep_source import Lines, SweepPrinter
+from lla_compile.backends.triton.sweep_source import SIDES, Lines, SweepPrinter
 from lla_compile.expr import Kind
-from lla_compile.sweeps import Loop, Sweep, SweepList, lower
+from lla_compile.lowering import lower
+from lla_compile.sweeps import Loop, Stage, Sweep, SweepList, sweep_of
 
 _HEADER = """\
 import triton
@@ -21,12 +23,17 @@ from lla_compile.backends.triton.primitives import (
     accumulate,
     joined,
     key_segments,
+    load_rows,
     load_tile,
     low_term,
-    program_tile,
+    packed_tile,
+    program_head,
+    query_segments,
     representable,
     rounded,
-    row_product,
+    row_tile,
+    score_product,
+    store_rows,
     store_tile,
     visible,
     wide_dot,
@@ -43,14 +50,20 @@ CONSTEXPRS = (
     "NUM_STAGES",
     "CAUSAL",
     "WINDOWED",
+    "PACKED",
+    "GROUPED",
     "TERMS",
     "INPUT_PRECISION",
     "WIDE",
     "WEIGHT_SHIFT",
     "RIDGE_TENSOR",
     "SCALE_TENSOR",
-    "RETURN_INFO",
 )
+_PACKED_POINTERS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "row_tiles_ptr", "key_tiles_ptr")
+_COUNTS = (
+    "cg_max_iters", "batch_heads", "num_heads", "group_size", "row_heads_per_group", "key_heads_per_group",
+    "seqlen_q", "seqlen_k", "window", "num_sequences",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,12 +72,12 @@ class Kernel:
 
     Attributes:
         name: of its function in the module.
-        parameters: argument names in order, with Triton types ("*in" stands for a pointer to the input type).
+        holds: "rows" or "keys", the side whose tiles are its programs.
         repeated: launched up to cg_max_iters times.
     """
 
     name: str
-    parameters: tuple[tuple[str, str], ...]
+    holds: str
     repeated: bool
 
 
@@ -74,55 +87,91 @@ class Module:
 
     Attributes:
         text: the source.
-        kernels: in order of launch.
-        state: what crosses launches in float32, with kinds.
-        rounded_state: vectors that cross launches in the input type, as a high and a low term each.
+        program: the sweeps that are printed.
+        kernels: in order of launch; all take ``parameters`` and after them CONSTEXPRS.
+        parameters: argument names in order, with Triton types: "*in" is a pointer to the input type, "*wide" one to
+            float64 where the tier is wide and to float32 elsewhere.
+        state: what crosses launches and is no output, with kinds.
     """
 
     text: str
+    program: SweepList
     kernels: tuple[Kernel, ...]
-    state: tuple[tuple[str, Kind], ...] = ()
-    rounded_state: tuple[str, ...] = ()
+    parameters: tuple[tuple[str, str], ...]
+    state: tuple[str, ...]
 
 
 @lru_cache(maxsize=None)
-def print_module(op: str, phase: str, schedule: str) -> Module:
-    """The Triton module of an operator under a schedule."""
+def print_module(op: str, phase: str, schedule: str, wanted: tuple[str, ...] | None = None) -> Module:
+    """The Triton module that computes the outputs ``wanted`` of an operator (all if None) under a schedule."""
     program = lower(op, phase)
-    if schedule == "fused":
-        text, kernel = _KernelPrinter(program, {}).print(f"{program.name}_fused", program.stages)
-        return Module(f"{_HEADER}\n\n{text}", (kernel,))
-    crossing = program.state()
-    printed = [
-        _KernelPrinter(program, crossing).print(f"{program.name}_{_sweep(stage).name}", (stage,))
-        for stage in program.stages
-    ]
-    return Module(
-        text="\n\n".join([_HEADER, *(text for text, _ in printed)]),
-        kernels=tuple(kernel for _, kernel in printed),
-        state=tuple((name, kind) for name, kind in crossing.items() if name not in program.rounded()),
-        rounded_state=tuple(name for name in crossing if name in program.rounded()),
-    )
+    program = program.wanting(tuple(program.outputs) if wanted is None else wanted)
+    launches = _launches(program, schedule)
+    state = tuple(name for name in program.crossing(launches) if name not in program.outputs)
+    parameters = _parameters(program, state)
+    texts, kernels = [], []
+    for stages in launches:
+        sweep = sweep_of(stages[0])
+        kernel = Kernel(_name(program, stages), sweep.holds, len(stages) == 1 and isinstance(stages[0], Loop))
+        printer = _RowKernelPrinter if sweep.holds == "rows" else _KeyKernelPrinter
+        in_memory = {*state, *program.outputs, *program.given}
+        texts.append(printer(program, in_memory).print(kernel, stages, parameters))
+        kernels.append(kernel)
+    return Module("\n\n".join([_HEADER, *texts]), program, tuple(kernels), parameters, state)
 
 
-def _sweep(stage: Sweep | Loop) -> Sweep:
-    return stage.sweep if isinstance(stage, Loop) else stage
+def _launches(program: SweepList, schedule: str) -> list[tuple[Stage, ...]]:
+    if schedule == "split":
+        return [(stage,) for stage in program.stages]
+    rows = tuple(stage for stage in program.stages if sweep_of(stage).holds == "rows")
+    keys = [(stage,) for stage in program.stages if sweep_of(stage).holds == "keys"]
+    return ([rows] if rows else []) + keys
+
+
+def _name(program: SweepList, stages: tuple[Stage, ...]) -> str:
+    return f"{program.name}_{sweep_of(stages[0]).name if len(stages) == 1 else 'fused'}"
+
+
+def _parameters(program: SweepList, state: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    inputs = (*program.row_inputs, *program.col_inputs)
+    parameters = [(f"{name}_ptr", "*in") for name in inputs]
+    for name in (*program.given, *program.outputs, *state):
+        stored = program.outputs.get(name, "float32")
+        if name in program.rounded or stored == "input":
+            kind = "*in"
+        elif name in program.wide:
+            kind = "*wide"
+        else:
+            kind = "*i32" if stored == "int32" else "*fp32"
+        parameters.append((f"{name}_ptr", kind))
+    parameters += [(name, "*i32") for name in _PACKED_POINTERS]
+    for name in ("scale", *program.row_scalars):
+        parameters += [(f"{name}_ptr", "*fp32"), (name, "fp32")]
+    for name in (*program.row_scalars, *inputs, *strided_outputs(program)):
+        parameters += [(f"{name}_stride_{axis}", "i64") for axis in "bhn"]
+    parameters += [(name, "fp32") for name in program.scalars]
+    parameters.append(("state_rows", "i64"))
+    return (*parameters, *((name, "i32") for name in _COUNTS))
+
+
+def strided_outputs(program: SweepList) -> tuple[str, ...]:
+    """The outputs whose layout is the caller's business; all other memory is dense, head by head."""
+    return tuple(name for name, stored in program.outputs.items() if stored == "input")
 
 
 class _KernelPrinter:
-    """One kernel: ``crossing`` is the state that lives in memory because other launches share it."""
+    """One kernel; ``in_memory`` names what has a pointer beside the inputs."""
 
-    def __init__(self, program: SweepList, crossing: dict[str, Kind]):
+    def __init__(self, program: SweepList, in_memory: set[str]):
         self.program = program
-        self.crossing = crossing
+        self.in_memory = in_memory
         self.out = Lines()
         self.sweeps = SweepPrinter(self.out, program)
 
-    def print(self, name: str, stages: tuple) -> tuple[str, Kernel]:
-        out, program = self.out, self.program
-        parameters = self._parameters()
+    def print(self, kernel: Kernel, stages: tuple[Stage, ...], parameters: tuple[tuple[str, str], ...]) -> str:
+        out = self.out
         out.add("@triton.jit")
-        out.open(f"def {name}(")
+        out.open(f"def {kernel.name}(")
         for parameter, _ in parameters:
             out.add(f"{parameter},")
         for constant in CONSTEXPRS:
@@ -132,151 +181,211 @@ class _KernelPrinter:
         self._opening()
         for stage in stages:
             out.add()
-            out.add(f"# {_sweep(stage).name}")
-            if self.crossing:
-                self._split_stage(stage)
-            else:
-                self._fused_stage(stage)
-        out.add()
-        written = set().union(*(_sweep(stage).writes() for stage in stages))
-        for output in program.outputs:
-            if output in written:
-                out.add(
-                    f"store_tile({output}_ptr + first_row * HEAD_DIM_V, {output}, start_m, seqlen_q, HEAD_DIM_V, "
-                    f"HEAD_DIM_V, BLOCK_Q, BLOCK_DV)"
-                )
-        if stages[-1] is program.stages[-1]:
-            self._info(missing=[info for info in program.info if info not in written])
-        return "\n".join(out) + "\n", Kernel(name, tuple(parameters), isinstance(stages[0], Loop))
+            out.add(f"# {sweep_of(stage).name}")
+            self._stage(stage, stages)
+        return "\n".join(out) + "\n"
 
-    def _parameters(self) -> list[tuple[str, str]]:
-        program = self.program
-        inputs = (*program.row_inputs, *program.col_inputs)
-        parameters = [(f"{name}_ptr", "*in") for name in (*inputs, *program.outputs)]
-        parameters += [(f"{name}_ptr", "*i32" if name == "iterations" else "*fp32") for name in program.info]
-        rounded = [name for name in self.crossing if name in program.rounded()]
-        parameters += [(f"{name}_state", "*fp32") for name in self.crossing if name not in rounded]
-        parameters += [(f"{name}_{term}_state", "*in") for name in rounded for term in ("high", "low")]
-        for name in ("scale", *program.row_scalars):
-            parameters += [(f"{name}_ptr", "*fp32"), (name, "fp32")]
-        for name in (*program.row_scalars, *inputs):
-            parameters += [(f"{name}_stride_{axis}", "i64") for axis in "bhn"]
-        parameters += [(name, "fp32") for name in program.scalars]
-        counts = ("cg_max_iters", "batch_heads", "num_heads", "group_size", "heads_per_group")
-        return parameters + [(name, "i32") for name in (*counts, "seqlen_q", "seqlen_k", "window")]
+    def _packed(self, side: str, rank: str) -> None:
+        self.out.open("if PACKED:")
+        self.out.add(
+            f"tile, q_start, seqlen_q, k_start, seqlen_k = packed_tile({side}_tiles_ptr, cu_seqlens_q_ptr, "
+            f"cu_seqlens_k_ptr, {rank})"
+        )
+        self.out.close()
+
+    def _scale(self) -> None:
+        self.out.add(
+            """\
+scale_value = scale
+if SCALE_TENSOR:
+    scale_value = tl.load(scale_ptr)
+scale_log2 = scale_value * 1.4426950408889634"""
+        )
+
+    def _input_base(self, name: str, head: str, start: str) -> None:
+        self.out.add(f"{name}_base = {name}_ptr + batch * {name}_stride_b + {head} * {name}_stride_h")
+        self.out.add(f"{name}_base += {start} * {name}_stride_n")
+
+
+class _RowKernelPrinter(_KernelPrinter):
+    """Programs hold query rows: any stages of that kind, one after another."""
 
     def _opening(self) -> None:
         """Which head and query tile this program has, and its rows' inputs."""
         out, program = self.out, self.program
         out.add(
             """\
-num_tiles = tl.cdiv(seqlen_q, BLOCK_Q)
-bh, tile = program_tile(tl.program_id(0), num_tiles, batch_heads, heads_per_group, CAUSAL)
-b = (bh // num_heads).to(tl.int64)
-h = (bh % num_heads).to(tl.int64)
+num_tiles = seqlen_q // BLOCK_Q + num_sequences if PACKED else tl.cdiv(seqlen_q, BLOCK_Q)
+bh, rank = program_head(tl.program_id(0), num_tiles, batch_heads, row_heads_per_group)
+batch = (bh // num_heads).to(tl.int64)
+head = (bh % num_heads).to(tl.int64)
+first_row = bh.to(tl.int64) * seqlen_q
+tile = row_tile(rank, num_tiles, CAUSAL)
+q_start = 0
+k_start = 0"""
+        )
+        self._packed("row", "rank")
+        out.add(
+            """\
+first_row += q_start
 start_m = tile * BLOCK_Q
 offs_m = start_m + tl.arange(0, BLOCK_Q)
 row_valid = offs_m < seqlen_q
-first_row = bh.to(tl.int64) * seqlen_q
 start, full_start, full_stop, stop = key_segments(
     start_m, seqlen_q, seqlen_k, window, BLOCK_Q, BLOCK_K, CAUSAL, WINDOWED
-)
-scale_log2 = scale * 1.4426950408889634
-if SCALE_TENSOR:
-    scale_log2 = tl.load(scale_ptr) * 1.4426950408889634"""
+)"""
         )
+        self._scale()
         for name in program.row_scalars:
             out.add(f"{name}_rows = tl.full([BLOCK_Q], 1.0, tl.float32) * {name}")
             out.open(f"if {name.upper()}_TENSOR:")
-            out.add(f"{name}_base = {name}_ptr + b * {name}_stride_b + h * {name}_stride_h")
+            self._input_base(name, "head", "q_start")
             out.add(f"{name}_rows = tl.load({name}_base + offs_m * {name}_stride_n, mask=row_valid, other=1.0)")
             out.close()
         for name in program.row_inputs:
-            out.add(f"{name}_base = {name}_ptr + b * {name}_stride_b + h * {name}_stride_h")
-            self._load_rows(name, f"{name}_base", f"{name}_stride_n")
+            self._input_base(name, "head", "q_start")
+            width, block = self.sweeps.width(name)
+            out.add(
+                f"{name} = load_tile({name}_base, start_m, seqlen_q, {name}_stride_n, {width}, BLOCK_Q, {block}, True)"
+            )
         for name in program.col_inputs:
-            out.add(f"{name}_base = {name}_ptr + b * {name}_stride_b + (h // group_size) * {name}_stride_h")
+            self._input_base(name, "(head // group_size)", "k_start")
 
-    def _fused_stage(self, stage: Sweep | Loop) -> None:
-        out, sweep = self.out, _sweep(stage)
-        if not isinstance(stage, Loop):
-            self._whole_sweep(sweep)
-            return
-        out.add("turn = 0")
-        out.add(f"going = tl.max({stage.active}, axis=0) > 0")
-        out.open("while going:")
-        self._whole_sweep(sweep)
-        out.add("turn += 1")
-        out.add(f"going = (turn < cg_max_iters) & (tl.max({stage.active}, axis=0) > 0)")
-        out.close()
+    def print(self, kernel, stages, parameters) -> str:
+        self.at_hand: set[str] = set()
+        return super().print(kernel, stages, parameters)
 
-    def _whole_sweep(self, sweep: Sweep) -> None:
-        self.sweeps.prologue(sweep)
-        self.sweeps.stream(sweep)
-        self.sweeps.epilogue(sweep)
-
-    def _split_stage(self, stage: Sweep | Loop) -> None:
-        """A sweep between loading its state and storing it; what only the epilogue reads is loaded after the stream."""
-        out, sweep = self.out, _sweep(stage)
-        early = [name for name in self.crossing if name in sweep.stream_reads()]
-        late = [name for name in self.crossing if name in sweep.reads() and name not in early]
-        if isinstance(stage, Loop):
-            late.remove(stage.active)
-            self._load_state(stage.active)
-            out.open(f"if tl.max({stage.active}, axis=0) == 0:")
-            out.add("return")
-            out.close()
-        for name in early:
-            self._load_state(name)
-        self.sweeps.prologue(sweep)
-        self.sweeps.stream(sweep, in_terms=frozenset(early) & self.program.rounded())
-        for name in late:
-            self._load_state(name)
-        self.sweeps.epilogue(sweep)
-        for name in self.crossing:
-            if name in sweep.writes():
-                self._store_state(name)
-
-    def _info(self, missing: list[str]) -> None:
-        """Diagnosis, by the last kernel: its values are final there."""
-        out = self.out
-        if not self.program.info:
-            return
-        out.open("if RETURN_INFO:")
-        for name in self.program.info:
-            if name in missing and self.crossing:
-                self._load_state(name)
-            out.add(f"tl.store({name}_ptr + first_row + offs_m, {name}.to({name}_ptr.dtype.element_ty), mask=row_valid)")
-        out.close()
-
-    def _load_state(self, name: str) -> None:
-        out = self.out
-        if self.crossing[name] is Kind.ROW:
-            out.add(f"{name} = tl.load({name}_state + first_row + offs_m, mask=row_valid, other=0.0)")
-        elif name in self.program.rounded():
-            self._load_rows(f"{name}_high", f"{name}_high_state + first_row * HEAD_DIM", "HEAD_DIM")
-            out.add(f"{name}_low = {name}_high")
-            out.open("if TERMS == 2:")
-            self._load_rows(f"{name}_low", f"{name}_low_state + first_row * HEAD_DIM", "HEAD_DIM")
+    def _stage(self, stage: Stage, stages: tuple[Stage, ...]) -> None:
+        """A sweep between loading and storing what crosses; what only the epilogue reads is loaded after the stream."""
+        out, sweep = self.out, sweep_of(stage)
+        alone = len(stages) == 1
+        if isinstance(stage, Loop) and not alone:
+            self._load(sweep.reads())
+            out.add("turn = 0")
+            out.add(f"going = tl.max({stage.active}, axis=0) > 0")
+            out.open("while going:")
+            self._sweep(sweep)
+            out.add("turn += 1")
+            out.add(f"going = (turn < cg_max_iters) & (tl.max({stage.active}, axis=0) > 0)")
             out.close()
         else:
-            self._load_rows(name, f"{name}_state + first_row * HEAD_DIM", "HEAD_DIM")
+            if isinstance(stage, Loop):
+                self._load({stage.active})
+                out.open(f"if tl.max({stage.active}, axis=0) == 0:")
+                out.add("return")
+                out.close()
+            self._sweep(sweep)
+        last_writer = {name: s for s in stages for name in sweep_of(s).writes()}
+        for name in sweep.writes():
+            if name in self.in_memory and last_writer[name] is stage:
+                self._store(name)
 
-    def _store_state(self, name: str) -> None:
-        out = self.out
-        if self.crossing[name] is Kind.ROW:
-            out.add(f"tl.store({name}_state + first_row + offs_m, {name}, mask=row_valid)")
-        elif name in self.program.rounded():
-            self._store_rows(f"{name}_high", name)
+    def _sweep(self, sweep: Sweep) -> None:
+        self._load(sweep.stream_reads())
+        self.sweeps.prologue(sweep)
+        if sweep.accumulators:
+            self.sweeps.stream_keys(sweep)
+        self._load(sweep.reads())
+        self.sweeps.epilogue(sweep)
+        self.at_hand |= sweep.writes().keys()
+
+    def _load(self, names: frozenset[str] | set[str]) -> None:
+        """Bring what lies in memory and is not at hand into registers."""
+        out, program = self.out, self.program
+        for name in sorted(names & self.in_memory - self.at_hand):
+            if program.kinds[name] is Kind.ROW:
+                other = 'float("inf")' if name == "lse" else "0.0"
+                out.add(f"{name} = load_rows({name}_ptr + first_row, start_m, seqlen_q, {other}, BLOCK_Q, True)")
+                self.sweeps.narrow(name)
+            elif name in program.rounded:
+                self._load_tile(f"{name}_high", f"{name}_ptr + first_row * HEAD_DIM")
+                out.add(f"{name}_low = {name}_high")
+                out.open("if TERMS == 2:")
+                self._load_tile(f"{name}_low", f"{name}_ptr + (state_rows + first_row) * HEAD_DIM")
+                out.close()
+                out.add(f"{name} = joined({name}_high, {name}_low, TERMS)")
+                self.sweeps.in_terms.add(name)
+            else:
+                self._load_tile(name, f"{name}_ptr + first_row * HEAD_DIM")
+            self.at_hand.add(name)
+
+    def _load_tile(self, name: str, base: str) -> None:
+        self.out.add(f"{name} = load_tile({base}, start_m, seqlen_q, HEAD_DIM, HEAD_DIM, BLOCK_Q, BLOCK_D, True)")
+
+    def _store(self, name: str) -> None:
+        out, program = self.out, self.program
+        if program.kinds[name] is Kind.ROW:
+            out.add(f"store_rows({name}_ptr + first_row, {name}, start_m, seqlen_q, BLOCK_Q)")
+        elif name in program.rounded:
+            self._store_tile(f"{name}_ptr + first_row * HEAD_DIM", name, name, "HEAD_DIM")
             out.open("if TERMS == 2:")
-            self._store_rows(f"{name}_low", f"{name} - {name}.to({name}_high_state.dtype.element_ty).to(tl.float32)")
+            low = f"{name} - {name}.to({name}_ptr.dtype.element_ty).to(tl.float32)"
+            self._store_tile(f"{name}_ptr + (state_rows + first_row) * HEAD_DIM", low, name, "HEAD_DIM")
             out.close()
+        elif name in strided_outputs(program):
+            base = f"{name}_ptr + batch * {name}_stride_b + head * {name}_stride_h + q_start * {name}_stride_n"
+            self._store_tile(base, name, name, f"{name}_stride_n")
         else:
-            self._store_rows(name, name)
+            self._store_tile(f"{name}_ptr + first_row * HEAD_DIM", name, name, "HEAD_DIM")
 
-    def _load_rows(self, name: str, base: str, stride: str) -> None:
-        self.out.add(f"{name} = load_tile({base}, start_m, seqlen_q, {stride}, HEAD_DIM, BLOCK_Q, BLOCK_D, True)")
+    def _store_tile(self, base: str, value: str, name: str, stride: str) -> None:
+        width, block = self.sweeps.width(name)
+        self.out.add(f"store_tile({base}, {value}, start_m, seqlen_q, {stride}, {width}, BLOCK_Q, {block})")
 
-    def _store_rows(self, name: str, value: str) -> None:
-        base = f"{name}_state + first_row * HEAD_DIM"
-        self.out.add(f"store_tile({base}, {value}, start_m, seqlen_q, HEAD_DIM, HEAD_DIM, BLOCK_Q, BLOCK_D)")
+
+class _KeyKernelPrinter(_KernelPrinter):
+    """Programs hold keys: one sweep, past which the rows of every query head of the group are streamed."""
+
+    def _opening(self) -> None:
+        """Which head and key tile this program has, and its keys' inputs."""
+        out, program = self.out, self.program
+        out.add(
+            """\
+num_tiles = seqlen_k // BLOCK_K + num_sequences if PACKED else tl.cdiv(seqlen_k, BLOCK_K)
+num_kv_heads = num_heads // group_size
+bh, tile = program_head(tl.program_id(0), num_tiles, batch_heads // group_size, key_heads_per_group)
+batch = (bh // num_kv_heads).to(tl.int64)
+kv_head = (bh % num_kv_heads).to(tl.int64)
+rows_per_head = tl.cast(seqlen_q, tl.int64)
+q_start = 0
+k_start = 0"""
+        )
+        self._packed("key", "tile")
+        out.add(
+            """\
+start_n = tile * BLOCK_K
+offs_n = start_n + tl.arange(0, BLOCK_K)
+start, full_start, full_stop, stop = query_segments(
+    start_n, seqlen_q, seqlen_k, window, BLOCK_Q, BLOCK_K, CAUSAL, WINDOWED
+)"""
+        )
+        self._scale()
+        for name in program.col_inputs:
+            self._input_base(name, "kv_head", "k_start")
+            width, block = self.sweeps.width(name)
+            out.add(
+                f"{name} = load_tile({name}_base, start_n, seqlen_k, {name}_stride_n, {width}, BLOCK_K, {block}, True)"
+            )
+
+    def _stage(self, stage: Stage, stages: tuple[Stage, ...]) -> None:
+        out, program, sweep = self.out, self.program, sweep_of(stage)
+        self.sweeps.start_sums(sweep)
+        out.open("for group_head in tl.range(0, group_size if GROUPED else 1):")
+        out.add("head = kv_head * group_size + group_head")
+        out.add("first_row = (batch * num_heads + head) * rows_per_head + q_start")
+        for name in sorted(sweep.stream_reads() - {"scale"}):
+            if name in program.row_inputs:
+                self._input_base(name, "head", "q_start")
+            elif program.kinds[name] is Kind.ROW:
+                out.add(f"{name}_base = {name}_ptr + first_row")
+            else:
+                out.add(f"{name}_base = {name}_ptr + first_row * {self.sweeps.width(name)[0]}")
+        self.sweeps.segments(sweep)
+        out.close()
+        self.sweeps.end_sums(sweep)
+        for name in sweep.writes():
+            width, block = self.sweeps.width(name)
+            base = f"{name}_ptr + batch * {name}_stride_b + kv_head * {name}_stride_h + k_start * {name}_stride_n"
+            out.add(
+                f"store_tile({base}, {name}, start_n, seqlen_k, {name}_stride_n, {width}, {SIDES['keys'].held_block}, {block})"
+            )

@@ -1,9 +1,11 @@
-"""Printing one sweep: its prologue, the stream over key tiles, and its epilogue, as lines of a Triton function."""
+"""Printing one sweep: its prologue, the stream over tiles of the other side, and its epilogue, as lines of Triton."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lla_compile.expr import Expr, to_source
-from lla_compile.sweeps import Assign, Sweep, SweepList
+from lla_compile.sweeps import Assign, Score, Sweep, SweepList
 
 _TEMPLATES = {
     "add": "({0} + {1})",
@@ -39,101 +41,225 @@ class Lines(list):
         self.depth -= 1
 
 
+@dataclass(frozen=True)
+class Side:
+    """How the tile of one side is called when the other side is held.
+
+    Attributes:
+        start: variable that holds where the streamed tile starts.
+        stop: the length of the streamed side.
+        block: constexpr rows of the streamed tile.
+        held_block: constexpr rows of the held tile.
+        mask: arguments of ``visible`` that number queries and keys.
+        row: how a value per query row is made to broadcast against a tile of pairs.
+        first_segment: constexpr expression: the first segment that can be there.
+    """
+
+    start: str
+    stop: str
+    block: str
+    held_block: str
+    mask: str
+    row: str
+    first_segment: str
+
+
+# Segments of the stream: 0 is cut by the mask before the full tiles, 1 needs no mask, 2 is cut after them.
+SIDES = {
+    "rows": Side(
+        start="start_n",
+        stop="seqlen_k",
+        block="BLOCK_K",
+        held_block="BLOCK_Q",
+        mask="offs_m[:, None], (start_n + tl.arange(0, BLOCK_K))[None, :]",
+        row="{}[:, None]",
+        first_segment="0 if WINDOWED else 1",
+    ),
+    "keys": Side(
+        start="start_m",
+        stop="seqlen_q",
+        block="BLOCK_Q",
+        held_block="BLOCK_K",
+        mask="(start_m + tl.arange(0, BLOCK_Q))[None, :], offs_n[:, None]",
+        row="{}[None, :]",
+        first_segment="0 if CAUSAL else 1",
+    ),
+}
+
+
 class SweepPrinter:
-    """Prints the sweeps of one program into ``out``."""
+    """Prints the sweeps of one program into ``out``.
+
+    Attributes:
+        in_terms: rounded vectors whose terms, ``<name>_high`` and ``<name>_low``, are at hand.
+    """
 
     def __init__(self, out: Lines, program: SweepList):
         self.out = out
         self.program = program
+        self.in_terms: set[str] = set()
         self._names = {name: f"{name}.to(tl.float32)" for name in program.row_inputs}
         self._names |= {name: f"{name}_rows" for name in program.row_scalars}
+        self._names["scale"] = "scale_value"
+
+    def width(self, name: str) -> tuple[str, str]:
+        """Constexpr names of a vector's width and padded width."""
+        return ("HEAD_DIM_V", "BLOCK_DV") if name in self.program.value_wide else ("HEAD_DIM", "BLOCK_D")
 
     def prologue(self, sweep: Sweep) -> None:
         for assign in sweep.prologue:
             self._assign(assign)
 
-    def stream(self, sweep: Sweep, in_terms: frozenset[str] = frozenset()) -> None:
-        """The loop over key tiles, between the accumulators' start and their final value.
-
-        Rounded row operands are taken apart before the loop and put together again after it, both exact, so that
-        only the terms live in registers meanwhile. Those ``in_terms`` already are apart.
-        """
-        out = self.out
-        online = sweep.softmax == "online"
-        rounded_rows = [score.row for score in sweep.scores if score.row not in self.program.row_inputs]
-        for name in rounded_rows:
-            if name not in in_terms:
-                self._terms(name)
-        if online:
-            out.add('row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
-            out.add("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
-        else:
-            out.add("lse_shifted = lse - WEIGHT_SHIFT")
-        for accumulator in sweep.accumulators:
-            out.add(f"{accumulator.name} = tl.zeros([BLOCK_Q, {_width(accumulator.col)[1]}], tl.float32)")
-        # Segment 0 ends where a window's edge does, 1 needs no mask, 2 holds the diagonal and the last keys.
-        out.open("for segment in tl.static_range(0 if WINDOWED else 1, 3):")
-        out.add("first_n = start if segment == 0 else (full_start if segment == 1 else full_stop)")
-        out.add("last_n = full_start if segment == 0 else (full_stop if segment == 1 else stop)")
-        out.open("for start_n in tl.range(first_n, last_n, BLOCK_K, num_stages=1 if segment != 1 else NUM_STAGES):")
-        self._key_tile(sweep, online)
-        out.close()
-        out.close()
-        for name in rounded_rows:
-            out.add(f"{name} = joined({name}_high, {name}_low, TERMS)")
-        if online:
-            out.add("row_sum = tl.where(row_valid, row_sum, 0.0)")
-            return
-        for accumulator in sweep.accumulators:
-            out.open("if WEIGHT_SHIFT != 0:")
-            out.add(f"{accumulator.name} *= 1.0 / (1 << WEIGHT_SHIFT)")
-            out.close()
-
     def epilogue(self, sweep: Sweep) -> None:
         for assign in sweep.epilogue:
             self._assign(assign)
 
-    def _key_tile(self, sweep: Sweep, online: bool) -> None:
+    def start_sums(self, sweep: Sweep) -> None:
+        """Zero the accumulators."""
+        out, side = self.out, SIDES[sweep.holds]
+        if sweep.softmax == "online":
+            out.add('row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)')
+            out.add("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
+        for name in dict.fromkeys(a.name for a in sweep.accumulators):
+            out.add(f"{name} = tl.zeros([{side.held_block}, {self.width(name)[1]}], tl.float32)")
+        for name in filter(None, (a.row_sum for a in sweep.accumulators)):
+            out.add(f"{name} = tl.zeros([{side.held_block}], tl.float32)")
+
+    def stream_keys(self, sweep: Sweep) -> None:
+        """The loop over key tiles past held rows, between the accumulators' start and their final value.
+
+        Rounded row operands are taken apart before the loop and put together again after it, both exact, so that
+        only the terms live in registers meanwhile.
+        """
         out = self.out
-        for column in dict.fromkeys([s.col for s in sweep.scores] + [a.col for a in sweep.accumulators]):
-            width, block = _width(column)
-            out.add(
-                f"{column} = load_tile("
-                f"{column}_base, start_n, seqlen_k, {column}_stride_n, {width}, BLOCK_K, {block}, segment != 1)"
-            )
+        rounded_rows = [score.row for score in sweep.scores if score.row not in self.program.row_inputs]
+        for name in rounded_rows:
+            if name not in self.in_terms:
+                self.terms(name)
+        if sweep.softmax == "saved":
+            out.add("lse_shifted = lse - WEIGHT_SHIFT")
+        self.start_sums(sweep)
+        self.segments(sweep)
+        for name in rounded_rows:
+            out.add(f"{name} = joined({name}_high, {name}_low, TERMS)")
+        self.end_sums(sweep)
+
+    def segments(self, sweep: Sweep) -> None:
+        """The stream in its segments."""
+        out, side = self.out, SIDES[sweep.holds]
+        out.open(f"for segment in tl.static_range({side.first_segment}, 3):")
+        out.add("first = start if segment == 0 else (full_start if segment == 1 else full_stop)")
+        out.add("last = full_start if segment == 0 else (full_stop if segment == 1 else stop)")
+        stages = "1 if segment != 1 else NUM_STAGES"
+        out.open(f"for {side.start} in tl.range(first, last, {side.block}, num_stages={stages}):")
+        self._tile(sweep, side)
+        out.close()
+        out.close()
+
+    def end_sums(self, sweep: Sweep) -> None:
+        """The accumulators' final value."""
+        out = self.out
+        if sweep.softmax == "online":
+            out.add("row_sum = tl.where(row_valid, row_sum, 0.0)")
+            return
+        out.open("if WEIGHT_SHIFT != 0:")
+        for name in dict.fromkeys(x for a in sweep.accumulators for x in (a.name, a.row_sum) if x):
+            out.add(f"{name} *= 1.0 / (1 << WEIGHT_SHIFT)")
+        out.close()
+
+    def terms(self, name: str) -> None:
+        """Take a computed operand apart."""
+        self.out.add(f"{name}_high = rounded({name}, k_ptr.dtype.element_ty)")
+        self.out.add(f"{name}_low = low_term({name}, {name}_high, TERMS)")
+
+    def load_streamed_rows(self, sweep: Sweep) -> None:
+        """What the query tile that passes the held keys brings along: operands, and numbers per row."""
+        out, program = self.out, self.program
+        operands = dict.fromkeys([s.row for s in sweep.scores] + [a.operand for a in sweep.accumulators])
+        for name in operands:
+            width, block = self.width(name)
+            rest = f"start_m, seqlen_q, {{}}, {width}, BLOCK_Q, {block}, segment != 1)"
+            if name in program.row_inputs:
+                out.add(f"{name} = load_tile({name}_base, {rest.format(f'{name}_stride_n')}")
+                continue
+            out.add(f"{name}_high = load_tile({name}_base, {rest.format(width)}")
+            out.add(f"{name}_low = {name}_high")
+            out.open("if TERMS == 2:")
+            out.add(f"{name}_low = load_tile({name}_base + state_rows * {width}, {rest.format(width)}")
+            out.close()
+        for name in sorted(sweep.stream_reads() - operands.keys() - {"scale"}):
+            other = 'float("inf")' if name == "lse" else "0.0"
+            out.add(f"{name} = load_rows({name}_base, start_m, seqlen_q, {other}, BLOCK_Q, segment != 1)")
+            self.narrow(name)
+        out.add("lse_shifted = lse - WEIGHT_SHIFT")
+
+    def narrow(self, name: str) -> None:
+        """A wide number that was loaded, in float32 where the device takes no wide products."""
+        if name in self.program.wide:
+            self.out.open("if not WIDE:")
+            self.out.add(f"{name} = {name}.to(tl.float32)")
+            self.out.close()
+
+    def _tile(self, sweep: Sweep, side: Side) -> None:
+        out = self.out
+        online = sweep.softmax == "online"
+        if sweep.holds == "keys":
+            self.load_streamed_rows(sweep)
+        else:
+            for column in dict.fromkeys([s.col for s in sweep.scores] + [a.operand for a in sweep.accumulators]):
+                width, block = self.width(column)
+                out.add(
+                    f"{column} = load_tile("
+                    f"{column}_base, start_n, seqlen_k, {column}_stride_n, {width}, BLOCK_K, {block}, segment != 1)"
+                )
         for score in sweep.scores:
-            operands = f"{score.row}, {score.row}, {score.col}, 1"
-            if score.row not in self.program.row_inputs:
-                operands = f"{score.row}_high, {score.row}_low, {score.col}, TERMS"
-            value = f"row_product({operands}, INPUT_PRECISION, {'WIDE' if score.wide else 'False'})"
-            if score.center:
-                value += f" - {score.center}[:, None]"
-            if score.wide:
-                value = f"({value}).to(tl.float32)"
+            out.add(f"{score.name} = {self._score(score, sweep, side)}")
             if score is sweep.scores[0]:
-                value = f"({value}) * scale_log2" if score.center else f"{value} * scale_log2"
-            out.add(f"{score.name} = {value}")
-            if score is sweep.scores[0]:
-                self._weights(sweep, score.name, online)
-        for accumulator in sweep.accumulators:
+                self._softmax_weights(sweep, side, score.name, online)
+        for assign in sweep.weights:
+            out.add(f"{assign.name} = {self._text(assign.value, side.row)}")
+        for number, accumulator in enumerate(sweep.accumulators):
             weight = "p"
             if not online:
-                weight = f"{accumulator.name}_weight"
-                out.add(f"{weight} = {self._text(accumulator.weight)}")
-                self._terms(weight)
+                weight = f"weight_{number}"
+                out.add(f"{weight} = {self._text(accumulator.weight, side.row)}")
+                self.terms(weight)
+            operand = self._operand(accumulator.operand)
             out.add(
-                f"{accumulator.name} = accumulate("
-                f"{accumulator.name}, {weight}_high, {weight}_low, {accumulator.col}, TERMS, INPUT_PRECISION)"
+                f"{accumulator.name} = accumulate({accumulator.name}, {weight}_high, {weight}_low, "
+                f"{operand[0]}, {operand[1]}, TERMS, {operand[2]}, INPUT_PRECISION)"
             )
+            if accumulator.row_sum:
+                as_multiplied = f"{weight} if TERMS == 2 else {weight}_high.to(tl.float32)"
+                out.add(f"{accumulator.row_sum} += tl.sum({as_multiplied}, axis=1)")
 
-    def _weights(self, sweep: Sweep, score: str, online: bool) -> None:
+    def _operand(self, name: str) -> tuple[str, str, str]:
+        """(high term, low term, number of terms) of a tile product's operand."""
+        if name in self.program.rounded:
+            return f"{name}_high", f"{name}_low", "TERMS"
+        return name, name, "1"
+
+    def _score(self, score: Score, sweep: Sweep, side: Side) -> str:
+        row, col = self._operand(score.row), self._operand(score.col)
+        held, streamed = (row, col) if sweep.holds == "rows" else (col, row)
+        operands = ", ".join((*held[:2], *streamed[:2], held[2], streamed[2]))
+        value = f"score_product({operands}, INPUT_PRECISION, {'WIDE' if score.wide else 'False'})"
+        if score.center:
+            value += f" - {side.row.format(score.center)}"
+        if score.wide:
+            value = f"({value}).to(tl.float32)"
+        if score is sweep.scores[0]:
+            value = f"({value}) * scale_log2" if score.center else f"{value} * scale_log2"
+        return value
+
+    def _softmax_weights(self, sweep: Sweep, side: Side, score: str, online: bool) -> None:
         out = self.out
         out.open("if segment != 1:")
-        out.add("mask = visible(offs_m, start_n, seqlen_q, seqlen_k, window, BLOCK_K, CAUSAL, WINDOWED)")
+        out.add(f"mask = visible({side.mask}, seqlen_q, seqlen_k, window, CAUSAL, WINDOWED)")
         out.add(f'{score} = tl.where(mask, {score}, float("-inf"))')
         out.close()
         if not online:
-            out.add(f"p = tl.exp2({score} - lse_shifted[:, None])")
+            out.add(f"p = tl.exp2({score} - {side.row.format('lse_shifted')})")
             return
         out.add(f"new_max = tl.maximum(row_max, tl.max({score}, axis=1))")
         out.add("finite_max = new_max")
@@ -141,7 +267,7 @@ class SweepPrinter:
         out.add('finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)')
         out.close()
         out.add(f"p = tl.exp2({score} - finite_max[:, None])")
-        self._terms("p")
+        self.terms("p")
         out.add("rescale = tl.exp2(row_max - finite_max)")
         # The weights as the product sees them: the mean of keys that share an offset then keeps that offset.
         out.add("row_sum = row_sum * rescale + tl.sum(p if TERMS == 2 else p_high.to(tl.float32), axis=1)")
@@ -155,15 +281,7 @@ class SweepPrinter:
         else:
             value = self._text(assign.value)
         self.out.add(f"{assign.name} = {value}")
+        self.in_terms.discard(assign.name)
 
-    def _terms(self, name: str) -> None:
-        self.out.add(f"{name}_high = rounded({name}, k_ptr.dtype.element_ty)")
-        self.out.add(f"{name}_low = low_term({name}, {name}_high, TERMS)")
-
-    def _text(self, expr: Expr) -> str:
-        return to_source(expr, _TEMPLATES, names=self._names)
-
-
-def _width(column: str) -> tuple[str, str]:
-    """Constexpr names of a key-side operand's width and padded width."""
-    return ("HEAD_DIM_V", "BLOCK_DV") if column == "v" else ("HEAD_DIM", "BLOCK_D")
+    def _text(self, expr: Expr, broadcast: str = SIDES["rows"].row) -> str:
+        return to_source(expr, _TEMPLATES, broadcast, self._names)
