@@ -26,6 +26,7 @@ def _start_solve(right: Expr) -> tuple[Assign, ...]:
         Assign("solution", vector("right") * 0),
         Assign("rho", row("right_norm")),
         Assign("active", where(norm > 0, 1, 0)),
+        Assign("large", row("active")),
         Assign("iterations", norm * 0),
     )
 
@@ -37,7 +38,20 @@ def _next_direction(value: Expr) -> tuple[Assign, Assign]:
     )
 
 
-def _cg_step() -> Loop:
+def _solve() -> tuple[Loop, Loop]:
+    """CG in two loops: products in the tier's precision while a residual is large, rounded once after that.
+
+    Errors of a product matter in proportion to the residual that it is applied to (inexact Krylov methods), so that
+    the late iterations need fewer digits. The coarse loop goes on from the direction rounded once.
+    """
+    entry = _next_direction(vector("direction"))
+    return (
+        Loop(_cg_step("cg_step"), active="large"),
+        Loop(_cg_step("coarse_cg_step"), active="active", coarse=True, entry=entry),
+    )
+
+
+def _cg_step(name: str) -> Sweep:
     """One conjugate-gradient step on (C + ridge I) x = right, with C applied through the keys.
 
     C is positive semidefinite and ||direction|| >= 1, so the curvature is at least the ridge. Rounding can lose that:
@@ -47,8 +61,8 @@ def _cg_step() -> Loop:
     step, growth, goes_on = row("step"), row("growth"), row("step") > 0
     image, curvature = vector("image"), row("curvature")
     usable = (active > 0) & (curvature > 0.5 * row("ridge")) & (curvature < float("inf"))
-    sweep = Sweep(
-        name="cg_step",
+    return Sweep(
+        name=name,
         softmax="saved",
         scores=(Score("s", "q", "k"), Score("t", "direction", "k", center="direction_mean")),
         accumulators=(Accumulator("covariance_direction", P * tile("t"), "k"),),
@@ -62,11 +76,12 @@ def _cg_step() -> Loop:
             Assign("residual", residual * where(growth > 0, 1 / growth, 0)),
             *_next_direction(where(goes_on, residual + growth * direction, direction)),
             Assign("rho", rho * growth),
-            Assign("active", where(goes_on & (rho > scalar("cg_tol") * row("right_norm")), 1, 0)),
             Assign("iterations", row("iterations") + where(goes_on, 1, 0)),
+            Assign("unsolved", where(rho > scalar("cg_tol") * row("right_norm"), 1, 0)),
+            Assign("active", where(goes_on & (row("iterations") < scalar("cg_max_iters")), row("unsolved"), 0)),
+            Assign("large", where(rho > scalar("split_tol") * row("right_norm"), active, 0)),
         ),
     )
-    return Loop(sweep, active="active")
 
 
 def _end_solve(name: str) -> tuple[Assign, ...]:
@@ -204,10 +219,10 @@ def _grad_kv() -> Sweep:
 def _lla_forward() -> SweepList:
     return SweepList(
         name="lla_forward",
-        stages=(_stats(), _cg_step(), _output()),
+        stages=(_stats(), *_solve(), _output()),
         row_inputs=("q",),
         col_inputs=("k", "v"),
-        scalars=("cg_tol",),
+        scalars=("cg_tol", "split_tol", "cg_max_iters"),
         row_scalars=("ridge",),
         outputs={"out": "input"} | INFO | dict.fromkeys(SAVED, "float32"),
         ordinary=("out",),
@@ -219,10 +234,10 @@ def _lla_backward() -> SweepList:
     forward = lower("lla", "forward")
     return SweepList(
         name="lla_backward",
-        stages=(_adjoint_stats(), _cg_step(), _grad_q(), _grad_kv()),
+        stages=(_adjoint_stats(), *_solve(), _grad_q(), _grad_kv()),
         row_inputs=("q", "grad_out"),
         col_inputs=("k", "v"),
-        scalars=("cg_tol",),
+        scalars=("cg_tol", "split_tol", "cg_max_iters"),
         row_scalars=("ridge",),
         outputs={"dq": "input", "dk": "input", "dv": "input", "dridge": "float32", "dscale": "float32"} | INFO,
         ordinary=("dq", "dk", "dv", "dridge"),

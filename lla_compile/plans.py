@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from lla_compile import precision
 from lla_compile.lowering import lower
 from lla_compile.spec import LLASpec
 from lla_compile.sweeps import Loop, sweep_of
@@ -108,6 +109,16 @@ class Plan:
         return self.spec.cg_max_iters or self.config.cg_max_iters
 
     @property
+    def cg_tol(self) -> float:
+        """Relative residual at which a row is solved."""
+        return self.spec.cg_tol
+
+    @property
+    def split_tol(self) -> float:
+        """Relative residual of a tile's rows under which CG no longer splits operands; 0 where it never does."""
+        return precision.split_tol(self.spec.dtype, self.spec.precision)
+
+    @property
     def flops(self) -> tuple[float, float]:
         """Flops (two a multiply-add) outside the CG loop, and of one CG iteration, over the visible pairs.
 
@@ -120,7 +131,7 @@ class Plan:
             columns = sum(self.spec.head_dim_v if x in program.value_wide else self.spec.head_dim for x in operands)
             flops = 2.0 * columns * self.spec.visible_pairs
             if isinstance(stage, Loop):
-                iteration += flops
+                iteration = max(iteration, flops)
             else:
                 outside += flops
         return outside, iteration
@@ -132,7 +143,9 @@ class Plan:
         stages = [
             (sweep_of(stage), " (each CG iteration)" if isinstance(stage, Loop) else "")
             for stage in lower(spec.op, spec.phase).stages
+            if not (isinstance(stage, Loop) and stage.coarse)
         ]
+        split = f", operands split until {self.split_tol:g} ||r_0||" if self.split_tol else ""
         sweeps = ", ".join(f"{sweep.name} {sweep.products}{when}" for sweep, when in stages)
         outside, iteration = self.flops
         work = f"{_flop(outside)} + {_flop(iteration)} a CG iteration"
@@ -142,7 +155,7 @@ class Plan:
             ("device", f"{device.name} ({device.id})"),
             ("backend", f"{config.backend}, schedule {config.schedule}"),
             ("tile", ", ".join(knobs)),
-            ("CG", f"until ||r|| <= {spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations"),
+            ("CG", f"until ||r|| <= {spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations{split}"),
             ("source", source),
             ("reason", self.reason),
             ("sweeps", f"{sweeps}: tile products per visible pair"),

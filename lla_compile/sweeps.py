@@ -87,6 +87,11 @@ class Sweep:
     holds: str = "rows"
 
     @property
+    def streams(self) -> bool:
+        """Whether anything is summed over the stream; what is left of a reduced sweep may be row-wise alone."""
+        return bool(self.accumulators) or self.softmax == "online"
+
+    @property
     def products(self) -> int:
         """Tile products, that is multiply-adds per visible pair and column of the operands."""
         return len(self.scores) + len(self.accumulators)
@@ -164,10 +169,30 @@ def _needed(assigns: tuple[Assign, ...], live: frozenset[str]) -> tuple[tuple[As
 
 @dataclass(frozen=True)
 class Loop:
-    """Repeat ``sweep`` until no row of the tile has ``active`` > 0, at most ``cg_max_iters`` times."""
+    """Repeat ``sweep`` until no row of the tile has ``active`` > 0.
+
+    Attributes:
+        sweep: the body.
+        active: the flag.
+        coarse: ``rounded`` and the weights of products are one term here, whatever the tier.
+        entry: row-wise assignments before the first turn, which change nothing when they are repeated.
+    """
 
     sweep: Sweep
     active: str
+    coarse: bool = False
+    entry: tuple[Assign, ...] = ()
+
+    def reads(self) -> frozenset[str]:
+        """State that must exist before the loop."""
+        needed, known = {self.active}, set()
+        for assign in self.entry:
+            needed |= assign.value.symbols() - known
+            known.add(assign.name)
+        return frozenset(needed) | (self.sweep.reads() - known)
+
+    def writes(self) -> dict[str, Kind]:
+        return {a.name: a.value.kind for a in self.entry} | self.sweep.writes()
 
 
 Stage = Sweep | Loop
@@ -186,7 +211,7 @@ class SweepList:
         stages: sweeps and loops in order of execution; those that hold keys come last.
         row_inputs: tensors read per query row, in the input type.
         col_inputs: tensors read per key, in the input type.
-        scalars: numbers that are the same for every row, from the spec.
+        scalars: numbers that are the same for every row, from the plan.
         row_scalars: given per row in float32.
         outputs: what can be asked for, with the type that it is stored in: "input", "float32" or "int32". A name that
             is ``rounded`` is stored as the terms that its value is the sum of.
@@ -243,19 +268,20 @@ class SweepList:
     def crossing(self, parts: Iterable[tuple[Stage, ...]]) -> dict[str, Kind]:
         """What one of ``parts`` (stages that share a launch) leaves for another, or a lone loop for its next turn."""
         parts = tuple(parts)
-        reads = [frozenset().union(*(sweep_of(s).reads() | _flag(s) for s in part)) for part in parts]
+        reads = [frozenset().union(*(stage.reads() for stage in part)) for part in parts]
         crosses: dict[str, Kind] = {}
         for number, part in enumerate(parts):
             lone_loop = len(part) == 1 and isinstance(part[0], Loop)
             others = reads if lone_loop else reads[number + 1 :]
             read = frozenset().union(*others)
             for stage in part:
-                crosses |= {name: kind for name, kind in sweep_of(stage).writes().items() if name in read}
+                crosses |= {name: kind for name, kind in stage.writes().items() if name in read}
         return crosses
 
     def products(self, iterations: float) -> float:
-        """Tile products of the whole list when its loops turn ``iterations`` times."""
-        return sum(s.sweep.products * iterations if isinstance(s, Loop) else s.products for s in self.stages)
+        """Tile products of the whole list when its loops turn ``iterations`` times in all."""
+        outside = sum(s.products for s in self.stages if isinstance(s, Sweep))
+        return outside + iterations * max((s.sweep.products for s in self.stages if isinstance(s, Loop)), default=0)
 
     @lru_cache(maxsize=None)  # noqa: B019: the lists of the operators live as long as the process
     def wanting(self, names: tuple[str, ...]) -> SweepList:
@@ -288,19 +314,17 @@ class SweepList:
         return self is other
 
 
-def _flag(stage: Stage) -> frozenset[str]:
-    return frozenset({stage.active}) if isinstance(stage, Loop) else frozenset()
-
-
 def _only(stage: Stage, live: frozenset[str]) -> tuple[Stage | None, frozenset[str]]:
     """:meth:`Sweep.only` of a stage; a loop hands its own results on to its next turn, or is never entered."""
     if not isinstance(stage, Loop):
         return stage.only(live)
     if not live & stage.sweep.writes().keys():
         return None, live
-    live |= _flag(stage)
+    live |= {stage.active}
     while True:
         kept, before = stage.sweep.only(live)
         if before <= live:
-            return replace(stage, sweep=kept), live
+            break
         live |= before
+    entry, before = _needed(stage.entry, live)
+    return replace(stage, sweep=kept, entry=entry), live | before

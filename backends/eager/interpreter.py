@@ -122,21 +122,26 @@ class _Run:
     def _run(self, tiles: list[_Tile], stages: list) -> None:
         """All stages, each over all the tiles; with one tile that is the fused schedule."""
         for stage in stages:
-            if not isinstance(stage, Loop):
-                for tile in tiles:
+            for tile in tiles:
+                if isinstance(stage, Loop):
+                    self._loop(stage, tile)
+                else:
                     self._sweep(stage, tile)
-                continue
-            running = tiles
-            for _ in range(self.plan.cg_max_iters):
-                running = [tile for tile in running if tile.is_active(stage.active)]
-                for tile in running:
-                    self._sweep(stage.sweep, tile)
+
+    def _loop(self, loop: Loop, tile: _Tile) -> None:
+        if self.terms == 1 and not loop.coarse:
+            return  # the coarse loop does the same
+        terms, self.terms = self.terms, 1 if loop.coarse else self.terms
+        self._assign(loop.entry, tile.values)
+        while tile.is_active(loop.active):
+            self._sweep(loop.sweep, tile)
+        self.terms = terms
 
     def _sweep(self, sweep: Sweep, tile: _Tile) -> None:
         """Stream the visible keys past one tile and update its state."""
         values = dict(tile.values)
         self._assign(sweep.prologue, values)
-        if sweep.accumulators:
+        if sweep.streams:
             self._stream(sweep, tile, values)
         self._assign(sweep.epilogue, values)
         tile.values = {name: x for name, x in values.items() if name in self.kept}
@@ -261,7 +266,7 @@ class _Run:
     def _tiles(self) -> Iterator[_Tile]:
         """Yield the query tiles; rows that see no key are left out."""
         spec, block, program = self.spec, self.plan.config.block_q, self.program
-        constants = {name: getattr(spec, name) for name in program.scalars} | {"scale": self.inputs["scale"]}
+        constants = {name: getattr(self.plan, name) for name in program.scalars} | {"scale": self.inputs["scale"]}
         rows = {name: self.inputs[name] for name in program.row_inputs}
         for name, kind in program.given.items():
             x = self.inputs[name]

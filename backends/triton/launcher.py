@@ -114,7 +114,7 @@ class _Bound(NamedTuple):
     """What calls for the same outputs with the same kinds of arguments share.
 
     Attributes:
-        launches: one callable per launch; a repeated kernel stands in the list once per CG iteration.
+        launches: one callable per launch; a loop's kernel stands in the list once per turn.
         outputs: name and layout of each output, in the order they were asked for.
         state: the same of what crosses launches.
         pointers: names of inputs, given, outputs and state in the kernels' order.
@@ -225,9 +225,8 @@ class Launcher:
         columns = spec.mean_seqlens[1] * (spec.head_dim + spec.head_dim_v) * item
         rows = spec.mean_seqlens[0] * (3 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
         return (
-            *(getattr(spec, name) for name in program.scalars),
+            *(float(getattr(self._plan, name)) for name in program.scalars),
             heads * spec.seqlen_q,
-            self._plan.cg_max_iters,
             heads,
             spec.num_heads,
             spec.group_size,
@@ -254,8 +253,14 @@ class Launcher:
             own = config_of(kernel, config)
             values = constants(spec, own, device, **kinds)
             launch = _with_constants(runner[self._grid(kernel, own)], [values[name] for name in CONSTEXPRS])
-            launches += [launch] * (self._plan.cg_max_iters if kernel.repeated else 1)
+            launches += [launch] * self._turns(kernel, values["TERMS"])
         return launches
+
+    def _turns(self, kernel: Kernel, terms: int) -> int:
+        """How often a kernel is launched: a loop at most as often as it can turn, and not if the coarse one does all."""
+        if kernel.loop is None:
+            return 1
+        return self._plan.cg_max_iters if kernel.loop.coarse or terms == 2 else 0
 
     def _grid(self, kernel: Kernel, config: KernelConfig) -> tuple[int, int, int]:
         spec = self._spec

@@ -61,7 +61,7 @@ CONSTEXPRS = (
 )
 _PACKED_POINTERS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "row_tiles_ptr", "key_tiles_ptr")
 _COUNTS = (
-    "cg_max_iters", "batch_heads", "num_heads", "group_size", "row_heads_per_group", "key_heads_per_group",
+    "batch_heads", "num_heads", "group_size", "row_heads_per_group", "key_heads_per_group",
     "seqlen_q", "seqlen_k", "window", "num_sequences",
 )  # fmt: skip
 
@@ -73,12 +73,12 @@ class Kernel:
     Attributes:
         name: of its function in the module.
         holds: "rows" or "keys", the side whose tiles are its programs.
-        repeated: launched up to cg_max_iters times.
+        loop: the loop that a launch is one turn of, or None.
     """
 
     name: str
     holds: str
-    repeated: bool
+    loop: Loop | None
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,8 @@ def print_module(op: str, phase: str, schedule: str, wanted: tuple[str, ...] | N
     texts, kernels = [], []
     for stages in launches:
         sweep = sweep_of(stages[0])
-        kernel = Kernel(_name(program, stages), sweep.holds, len(stages) == 1 and isinstance(stages[0], Loop))
+        lone_loop = stages[0] if len(stages) == 1 and isinstance(stages[0], Loop) else None
+        kernel = Kernel(_name(program, stages), sweep.holds, lone_loop)
         printer = _RowKernelPrinter if sweep.holds == "rows" else _KeyKernelPrinter
         in_memory = {*state, *program.outputs, *program.given}
         texts.append(printer(program, in_memory).print(kernel, stages, parameters))
@@ -256,37 +257,56 @@ start, full_start, full_stop, stop = key_segments(
         return super().print(kernel, stages, parameters)
 
     def _stage(self, stage: Stage, stages: tuple[Stage, ...]) -> None:
-        """A sweep between loading and storing what crosses; what only the epilogue reads is loaded after the stream."""
-        out, sweep = self.out, sweep_of(stage)
-        alone = len(stages) == 1
-        if isinstance(stage, Loop) and not alone:
-            self._load(sweep.reads())
-            out.add("turn = 0")
-            out.add(f"going = tl.max({stage.active}, axis=0) > 0")
-            out.open("while going:")
-            self._sweep(sweep)
-            out.add("turn += 1")
-            out.add(f"going = (turn < cg_max_iters) & (tl.max({stage.active}, axis=0) > 0)")
-            out.close()
+        """A stage between loading and storing what crosses launches."""
+        if not isinstance(stage, Loop):
+            self._sweep(stage)
+        elif len(stages) == 1:
+            self._one_turn(stage)
         else:
-            if isinstance(stage, Loop):
-                self._load({stage.active})
-                out.open(f"if tl.max({stage.active}, axis=0) == 0:")
-                out.add("return")
-                out.close()
-            self._sweep(sweep)
-        last_writer = {name: s for s in stages for name in sweep_of(s).writes()}
-        for name in sweep.writes():
+            self._loop(stage)
+        last_writer = {name: s for s in stages for name in s.writes()}
+        for name in stage.writes():
             if name in self.in_memory and last_writer[name] is stage:
                 self._store(name)
 
+    def _loop(self, loop: Loop) -> None:
+        """A loop among other stages of one launch. Where operands are one term, the coarse loop does it all."""
+        out = self.out
+        self._load(loop.reads())
+        if not loop.coarse:
+            out.open("if TERMS == 2:")
+        self._enter(loop)
+        out.open(f"while tl.max({loop.active}, axis=0) > 0:")
+        self._sweep(loop.sweep)
+        out.close()
+        if not loop.coarse:
+            out.close()
+        self.sweeps.term_count = "TERMS"
+
+    def _one_turn(self, loop: Loop) -> None:
+        """A launch that is one turn of a loop; what only the epilogue reads is loaded after the stream."""
+        out = self.out
+        self._load({loop.active})
+        out.open(f"if tl.max({loop.active}, axis=0) == 0:")
+        out.add("return")
+        out.close()
+        self._load(frozenset().union(*(assign.value.symbols() for assign in loop.entry)))
+        self._enter(loop)
+        self._sweep(loop.sweep)
+        self.sweeps.term_count = "TERMS"
+
+    def _enter(self, loop: Loop) -> None:
+        self.sweeps.term_count = "1" if loop.coarse else "TERMS"
+        self.sweeps.assign(loop.entry)
+        self.at_hand |= {assign.name for assign in loop.entry}
+
     def _sweep(self, sweep: Sweep) -> None:
         self._load(sweep.stream_reads())
-        self.sweeps.prologue(sweep)
+        self.sweeps.assign(sweep.prologue)
         if sweep.accumulators:
             self.sweeps.stream_keys(sweep)
         self._load(sweep.reads())
-        self.sweeps.epilogue(sweep)
+        self.sweeps.assign(sweep.epilogue)
         self.at_hand |= sweep.writes().keys()
 
     def _load(self, names: frozenset[str] | set[str]) -> None:

@@ -92,12 +92,14 @@ class SweepPrinter:
 
     Attributes:
         in_terms: rounded vectors whose terms, ``<name>_high`` and ``<name>_low``, are at hand.
+        term_count: how many terms a computed operand has where the printer stands: TERMS, or 1 in a coarse loop.
     """
 
     def __init__(self, out: Lines, program: SweepList):
         self.out = out
         self.program = program
         self.in_terms: set[str] = set()
+        self.term_count = "TERMS"
         self._names = {name: f"{name}.to(tl.float32)" for name in program.row_inputs}
         self._names |= {name: f"{name}_rows" for name in program.row_scalars}
         self._names["scale"] = "scale_value"
@@ -106,12 +108,9 @@ class SweepPrinter:
         """Constexpr names of a vector's width and padded width."""
         return ("HEAD_DIM_V", "BLOCK_DV") if name in self.program.value_wide else ("HEAD_DIM", "BLOCK_D")
 
-    def prologue(self, sweep: Sweep) -> None:
-        for assign in sweep.prologue:
-            self._assign(assign)
-
-    def epilogue(self, sweep: Sweep) -> None:
-        for assign in sweep.epilogue:
+    def assign(self, assigns: tuple[Assign, ...]) -> None:
+        """Row-wise assignments."""
+        for assign in assigns:
             self._assign(assign)
 
     def start_sums(self, sweep: Sweep) -> None:
@@ -141,7 +140,7 @@ class SweepPrinter:
         self.start_sums(sweep)
         self.segments(sweep)
         for name in rounded_rows:
-            out.add(f"{name} = joined({name}_high, {name}_low, TERMS)")
+            out.add(f"{name} = joined({name}_high, {name}_low, {self.term_count})")
         self.end_sums(sweep)
 
     def segments(self, sweep: Sweep) -> None:
@@ -170,7 +169,7 @@ class SweepPrinter:
     def terms(self, name: str) -> None:
         """Take a computed operand apart."""
         self.out.add(f"{name}_high = rounded({name}, k_ptr.dtype.element_ty)")
-        self.out.add(f"{name}_low = low_term({name}, {name}_high, TERMS)")
+        self.out.add(f"{name}_low = low_term({name}, {name}_high, {self.term_count})")
 
     def load_streamed_rows(self, sweep: Sweep) -> None:
         """What the query tile that passes the held keys brings along: operands, and numbers per row."""
@@ -227,16 +226,16 @@ class SweepPrinter:
             operand = self._operand(accumulator.operand)
             out.add(
                 f"{accumulator.name} = accumulate({accumulator.name}, {weight}_high, {weight}_low, "
-                f"{operand[0]}, {operand[1]}, TERMS, {operand[2]}, INPUT_PRECISION)"
+                f"{operand[0]}, {operand[1]}, {self.term_count}, {operand[2]}, INPUT_PRECISION)"
             )
             if accumulator.row_sum:
-                as_multiplied = f"{weight} if TERMS == 2 else {weight}_high.to(tl.float32)"
+                as_multiplied = f"{weight} if {self.term_count} == 2 else {weight}_high.to(tl.float32)"
                 out.add(f"{accumulator.row_sum} += tl.sum({as_multiplied}, axis=1)")
 
     def _operand(self, name: str) -> tuple[str, str, str]:
         """(high term, low term, number of terms) of a tile product's operand."""
         if name in self.program.rounded:
-            return f"{name}_high", f"{name}_low", "TERMS"
+            return f"{name}_high", f"{name}_low", self.term_count
         return name, name, "1"
 
     def _score(self, score: Score, sweep: Sweep, side: Side) -> str:
@@ -277,7 +276,7 @@ class SweepPrinter:
 
     def _assign(self, assign: Assign) -> None:
         if assign.value.op == "rounded":
-            value = f"representable({self._text(assign.value.args[0])}, k_ptr.dtype.element_ty, TERMS)"
+            value = f"representable({self._text(assign.value.args[0])}, k_ptr.dtype.element_ty, {self.term_count})"
         else:
             value = self._text(assign.value)
         self.out.add(f"{assign.name} = {value}")
