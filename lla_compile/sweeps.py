@@ -278,6 +278,18 @@ class SweepList:
                 crosses |= {name: kind for name, kind in stage.writes().items() if name in read}
         return crosses
 
+    def one_sum_a_sweep(self) -> SweepList:
+        """The list with a sweep of its own for every result of a sweep that holds keys: more products, fewer sums."""
+        stages: list[Stage] = []
+        for stage in self.stages:
+            if isinstance(stage, Loop) or stage.holds == "rows":
+                stages.append(stage)
+                continue
+            for name in stage.writes():
+                part, _ = stage.only(frozenset({name}))
+                stages.append(replace(part, name=f"{stage.name}_{name}"))
+        return replace(self, stages=tuple(stages))
+
     def products(self, iterations: float) -> float:
         """Tile products of the whole list when its loops turn ``iterations`` times in all."""
         outside = sum(s.products for s in self.stages if isinstance(s, Sweep))

@@ -52,7 +52,7 @@ class TritonBackend:
         return resources.infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
-        return _source_hash(spec.op, spec.phase, config.schedule)
+        return _source_hash(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec))
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         from lla_compile.backends.triton.launcher import compile_variant
@@ -66,11 +66,10 @@ class TritonBackend:
 
 
 @lru_cache(maxsize=None)
-def _source_hash(op: str, phase: str, schedule: str) -> str:
-    """Of the printed kernels and of the hand-written blocks that they call."""
+def _source_hash(*what) -> str:
+    """Of the printed kernels, see :func:`print_module`, and of the hand-written blocks that they call."""
     written = "".join((Path(__file__).parent / name).read_text() for name in ("primitives.py", "packing.py"))
-    text = print_module(op, phase, schedule).text + written
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256((print_module(*what).text + written).encode()).hexdigest()[:16]
 
 
 BACKEND = TritonBackend()

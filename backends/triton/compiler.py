@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import linecache
 from functools import lru_cache
 from typing import Mapping
@@ -11,20 +12,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from lla_compile.backends import CompileError
-from lla_compile.backends.triton.source import CONSTEXPRS, Module, print_module
+from lla_compile.backends.triton.source import CONSTEXPRS, Module
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
 @lru_cache(maxsize=None)
-def load_functions(op: str, phase: str, schedule: str, wanted: tuple[str, ...]) -> Mapping[str, object]:
+def load_functions(module: Module) -> Mapping[str, object]:
     """Execute a printed module: its ``@triton.jit`` functions by name."""
-    text = print_module(op, phase, schedule, wanted).text
     # Triton reads a function's source back through inspect, which finds it here.
-    filename = f"<lla_compile {op} {phase} {schedule} {' '.join(wanted)}>"
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    namespace = {"__name__": f"lla_compile.backends.triton.generated.{op}_{phase}_{schedule}_{'_'.join(wanted)}"}
-    exec(compile(text, filename, "exec"), namespace)
+    digest = hashlib.sha256(module.text.encode()).hexdigest()[:16]
+    filename = f"<{module.program.name} {digest}>"
+    linecache.cache[filename] = (len(module.text), None, module.text.splitlines(keepends=True), filename)
+    namespace = {"__name__": f"lla_compile.backends.triton.generated.{module.program.name}_{digest}"}
+    exec(compile(module.text, filename, "exec"), namespace)
     return namespace
 
 

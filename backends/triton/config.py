@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends.triton.resources import infeasible, padded_width
+from lla_compile.lowering import lower
 from lla_compile.plans import KernelConfig
 
 if TYPE_CHECKING:
@@ -35,6 +36,17 @@ _PREFERENCE = (
 _WIDE_PREFERENCE = (_PREFERENCE[2], *_PREFERENCE)
 _WIDE = 128
 
+# The same of the sweep that holds keys, which has two accumulators and four scores: a quarter of the rows of query.
+_KEYS_PREFERENCE = (
+    (32, 64, 4, 3),
+    (32, 64, 4, 2),
+    (16, 64, 4, 2),
+    (16, 64, 4, 1),
+    (16, 32, 2, 1),
+    (16, 16, 1, 1),
+)
+_WIDE_KEYS_PREFERENCE = ((16, 64, 4, 2), *_KEYS_PREFERENCE)
+
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """The first preferred shape that the device can hold, `fused` before `split`."""
@@ -43,25 +55,22 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         cg_max_iters += cg_max_iters // 2
     wide = max(padded_width(spec.head_dim), padded_width(spec.head_dim_v)) >= _WIDE
     shapes = _WIDE_PREFERENCE if wide else _PREFERENCE
-    for schedule, (block_q, block_k, num_warps, num_stages) in itertools.product(("fused", "split"), shapes):
-        config = KernelConfig(
-            backend="triton",
-            schedule=schedule,
-            block_q=block_q,
-            block_k=block_k,
-            cg_max_iters=cg_max_iters,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
+    keys_shapes = (_WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE) if _holds_keys(spec) else ((None,) * 4,)
+    for schedule, keys_shape, shape in itertools.product(("fused", "split"), keys_shapes, shapes):
+        config = KernelConfig("triton", schedule, shape[0], shape[1], cg_max_iters, *shape[2:], *keys_shape)
         if infeasible(spec, config, device) is None:
             break
     return config
 
 
+def _holds_keys(spec: LLASpec) -> bool:
+    return any(sweep.holds == "keys" for sweep in lower(spec.op, spec.phase).sweeps)
+
+
 def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
-    """Values worth trying. Below Hopper a warp owns 16 rows by itself, so smaller query tiles are an option."""
+    """Values worth trying. Below Hopper a warp owns 16 rows by itself, so smaller held tiles are an option."""
     warpgroups = float(device.compute_capability or 0) >= 9.0
-    return {
+    space = {
         "schedule": ("fused", "split"),
         "block_q": (64, 128) if warpgroups else (16, 32, 64, 128),
         "block_k": (32, 64, 128),
@@ -69,3 +78,11 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
         "num_stages": (1, 2, 3, 4),
         "cg_max_iters": (48, 64, 96) if spec.dtype == "float32" else (24, 32, 48),
     }
+    if _holds_keys(spec):
+        space |= {
+            "kv_block_q": (16, 32, 64),
+            "kv_block_k": (64, 128) if warpgroups else (16, 32, 64, 128),
+            "kv_num_warps": (4, 8) if warpgroups else (1, 2, 4, 8),
+            "kv_num_stages": (1, 2, 3),
+        }
+    return space

@@ -9,7 +9,7 @@ import triton
 
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
 from lla_compile.backends.triton.packing import max_tiles, tile_table
-from lla_compile.backends.triton.resources import padded_width
+from lla_compile.backends.triton.resources import one_sum_a_sweep, padded_width
 from lla_compile.backends.triton.source import CONSTEXPRS, Kernel, Module, print_module, strided_outputs
 from lla_compile.lowering import lower
 from lla_compile.precision import is_wide, split_terms, weight_shift
@@ -73,8 +73,8 @@ def compile_variant(
     ``wanted`` None stands for the outputs of an ordinary call.
     """
     wanted = lower(spec.op, spec.phase).ordinary if wanted is None else wanted
-    module = print_module(spec.op, spec.phase, config.schedule, wanted)
-    functions = load_functions(spec.op, spec.phase, config.schedule, wanted)
+    module = module_of(spec, config, wanted)
+    functions = load_functions(module)
     compiled = []
     for kernel in module.kernels:
         own = config_of(kernel, config)
@@ -94,6 +94,11 @@ def compile_variant(
             )
         )
     return compiled
+
+
+def module_of(spec: LLASpec, config: KernelConfig, wanted: tuple[str, ...] | None) -> Module:
+    """What is printed for a plan; ``wanted`` None prints every output."""
+    return print_module(spec.op, spec.phase, config.schedule, one_sum_a_sweep(spec), wanted)
 
 
 def config_of(kernel: Kernel, config: KernelConfig) -> KernelConfig:
@@ -194,7 +199,7 @@ class Launcher:
 
     def _bind(self, inputs, wanted: tuple[str, ...], ridge_tensor: bool, scale_tensor: bool, aligned: bool) -> _Bound:
         spec, config, device = self._spec, self._plan.config, self._plan.device
-        module = print_module(spec.op, spec.phase, config.schedule, wanted)
+        module = module_of(spec, config, wanted)
         program = module.program
         packed = spec.num_sequences is not None
         q, k, v = inputs["q"], inputs["k"], inputs["v"]
@@ -244,7 +249,7 @@ class Launcher:
         spec, config, device = self._spec, self._plan.config, self._plan.device
         kinds = dict(ridge_tensor=ridge_tensor, scale_tensor=scale_tensor)
         if triton.knobs.runtime.interpret:
-            functions = load_functions(spec.op, spec.phase, config.schedule, wanted)
+            functions = load_functions(module)
             kernels = [functions[kernel.name] for kernel in module.kernels]
         else:
             kernels = compile_variant(spec, config, device, wanted=wanted, aligned=aligned, **kinds)

@@ -102,10 +102,17 @@ class Module:
 
 
 @lru_cache(maxsize=None)
-def print_module(op: str, phase: str, schedule: str, wanted: tuple[str, ...] | None = None) -> Module:
-    """The Triton module that computes the outputs ``wanted`` of an operator (all if None) under a schedule."""
+def print_module(
+    op: str, phase: str, schedule: str, one_sum_a_sweep: bool = False, wanted: tuple[str, ...] | None = None
+) -> Module:
+    """The Triton module that computes the outputs ``wanted`` of an operator (all if None) under a schedule.
+
+    ``one_sum_a_sweep``: see :meth:`lla_compile.sweeps.SweepList.one_sum_a_sweep`.
+    """
     program = lower(op, phase)
     program = program.wanting(tuple(program.outputs) if wanted is None else wanted)
+    if one_sum_a_sweep:
+        program = program.one_sum_a_sweep()
     launches = _launches(program, schedule)
     state = tuple(name for name in program.crossing(launches) if name not in program.outputs)
     parameters = _parameters(program, state)
@@ -276,8 +283,11 @@ start, full_start, full_stop, stop = key_segments(
         if not loop.coarse:
             out.open("if TERMS == 2:")
         self._enter(loop)
-        out.open(f"while tl.max({loop.active}, axis=0) > 0:")
+        # A flag that is carried along: Triton 3.6's layout pass fails on two loops with a reduction as condition.
+        out.add(f"going = tl.max({loop.active}, axis=0) > 0")
+        out.open("while going:")
         self._sweep(loop.sweep)
+        out.add(f"going = tl.max({loop.active}, axis=0) > 0")
         out.close()
         if not loop.coarse:
             out.close()
