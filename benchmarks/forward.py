@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Callable
 
 import torch
 
-from benchmarks import peers
+from benchmarks import launches, peers
 from benchmarks.problems import Shape, executed_flops, last_rows_error, last_rows_reference
 from benchmarks.report import Benchmark, Row, Target
 from benchmarks.timing import Launch, time_all
@@ -47,30 +48,30 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
 def measure(shape: Shape, dtype: str, target: Target, quick: bool) -> list[Row]:
     """All rows of one shape, timed in turns."""
     q, k, v = shape.inputs(dtype, target.device)
-    launches: dict[tuple, Launch] = {}
+    timed: dict[tuple, Launch] = {}
     rows: dict[tuple, Row] = {}
 
-    def add(name: str, ridge: float | None, precision: str | None, make) -> None:
+    def add(name: str, ridge: float | None, precision: str | None, make: Callable[[], peers.Peer]) -> None:
         key = (name, ridge, precision)
         rows[key] = {**shape.as_row(), "op": name, "ridge": ridge, "precision": precision}
         try:
-            launches[key] = make()
+            timed[key] = launches.forward(make(), (q, k, v))
         except Exception as error:  # a peer that is installed and does not import
             rows[key]["failure"] = one_line(error)
 
-    add("sdpa", None, None, lambda: peers.sdpa(q, k, v))
+    add("sdpa", None, None, peers.sdpa)
     for precision in PRECISIONS:
         for ridge in RIDGES:
-            add("lla_attention", ridge, precision, lambda: _lla(q, k, v, ridge, precision))
+            add("lla_attention", ridge, precision, lambda: launches.lla(ridge, precision))
     if peers.available("flashlla"):
         for iterations in FLASHLLA_ITERATIONS:
             for ridge in RIDGES:
                 name = f"flashlla, {iterations} iterations"
-                add(name, ridge, None, lambda: peers.flashlla(q, k, v, ridge, iterations))
+                add(name, ridge, None, lambda: peers.flashlla(ridge, iterations, target.device))
     if peers.available("fla"):
-        add("fla parallax", None, None, lambda: peers.parallax(q, k, v))
+        add("fla parallax", None, None, lambda: peers.parallax(q / q.shape[-1]))
 
-    times, failures = time_all(launches, target, quick)
+    times, failures = time_all(timed, target, quick)
     references = {ridge: last_rows_reference(q, k, v, ridge) for ridge in RIDGES}
     softmax = times.get(("sdpa", None, None))
     for key, row in rows.items():
@@ -82,14 +83,10 @@ def measure(shape: Shape, dtype: str, target: Target, quick: bool) -> list[Row]:
         if softmax:
             row["time_over_sdpa"] = times[key].median_ms / softmax.median_ms
         try:
-            row |= _details(key, launches[key], (q, k, v), references, times[key].median_ms)
+            row |= _details(key, timed[key], (q, k, v), references, times[key].median_ms)
         except Exception as error:  # recorded as the row's failure; the others still run
             row["failure"] = one_line(error)
     return list(rows.values())
-
-
-def _lla(q, k, v, ridge: float, precision: str) -> Launch:
-    return lambda: lla_attention(q, k, v, ridge, precision=precision)
 
 
 def _details(key: tuple, launch: Launch, tensors: tuple, references: dict, median_ms: float) -> Row:

@@ -1,12 +1,15 @@
-"""Peak memory that a forward pass takes beyond its inputs and its output, by length: linear, never quadratic."""
+"""Peak memory of a forward pass, alone and with the backward pass, beyond inputs and results, by length."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import weakref
+from typing import Callable
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -16,7 +19,6 @@ from lla_compile import lla_attention, plan
 from lla_compile.tuner.outcome import one_line
 
 
-@torch.no_grad()
 def run(options: argparse.Namespace, target: Target) -> list[Row]:
     if options.quick:
         shapes = [Shape(seqlen, 16, 2) for seqlen in (128, 256)]
@@ -25,38 +27,54 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
     else:
         shapes = [Shape(seqlen, 64, 2) for seqlen in (1024, 4096)]
     rows = []
-    for shape in shapes:
-        row = shape.as_row()
+    for (name, step), shape in itertools.product(STEPS.items(), shapes):
+        row = {**shape.as_row(), "passes": name}
         rows.append(row)
         try:
-            row |= measure(shape, options.dtype, target)
+            row |= measure(step, shape, options.dtype, target)
         except Exception as error:  # recorded as the row's failure; the others still run
             row["failure"] = one_line(error)
     return rows
 
 
-def measure(shape: Shape, dtype: str, target: Target) -> Row:
-    q, k, v = shape.inputs(dtype, target.device)
-    chosen = plan(q, k, v)
+@torch.no_grad()
+def forward(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+    """The output."""
+    return (lla_attention(q, k, v),)
+
+
+def training(q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor) -> tuple[Tensor, ...]:
+    """The output, and the gradients of query, key and value."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = lla_attention(*leaves)
+    return out, *torch.autograd.grad(out, leaves, grad_out)
+
+
+STEPS = {"forward": forward, "forward + backward": training}
+
+
+def measure(step: Callable[..., tuple[Tensor, ...]], shape: Shape, dtype: str, target: Target) -> Row:
+    tensors = shape.training_inputs(dtype, target.device)
     if target.is_cuda:
-        lla_attention(q, k, v)  # compiles; what it loads stays
+        step(*tensors)  # compiles; what it loads stays
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        out = lla_attention(q, k, v)
+        results = step(*tensors)
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
     else:
         with LiveBytes() as live:
-            out = lla_attention(q, k, v)
+            results = step(*tensors)
         peak = live.peak
-    extra, output = peak - out.nbytes, out.nbytes
+    returned = sum(x.nbytes for x in results)
+    chosen = plan(*tensors[:3], phase="forward" if len(results) == 1 else "backward")
     return {
-        "extra_mib": extra / 2**20,
-        "output_mib": output / 2**20,
-        "extra_over_output": extra / output,
-        "extra_bytes_a_query": extra / (shape.seqlen * shape.batch_heads),
+        "extra_mib": (peak - returned) / 2**20,
+        "output_mib": results[0].nbytes / 2**20,
+        "extra_over_output": (peak - returned) / results[0].nbytes,
+        "extra_bytes_a_query": (peak - returned) / (shape.seqlen * shape.batch_heads),
         "backend": chosen.config.backend,
         "schedule": chosen.config.schedule,
     }
@@ -96,8 +114,8 @@ BENCHMARK = Benchmark(
     about=__doc__,
     run=run,
     columns=(
-        "seqlen", "head_dim", "batch_heads", "extra_mib", "output_mib", "extra_over_output", "extra_bytes_a_query",
-        "backend", "schedule",
+        "passes", "seqlen", "head_dim", "batch_heads", "extra_mib", "output_mib", "extra_over_output",
+        "extra_bytes_a_query", "backend", "schedule",
     ),
 )  # fmt: skip
 

@@ -24,9 +24,9 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
     q, k, v = shape.inputs(options.dtype, target.device)
     chosen = plan(q, k, v)
     bare = backends.get(chosen.config.backend).bind(chosen)
-    scale = shape.head_dim**-0.5
+    inputs = {"q": q, "k": k, "v": v, "ridge": 1.0, "scale": shape.head_dim**-0.5}
     launches = {
-        "bare launch": lambda: bare(q, k, v, 1.0, scale, False),
+        "bare launch": lambda: bare(inputs, ("out",)),
         "lla_attention": lambda: lla_attention(q, k, v, 1.0),
     }
     times = host_times(launches, target, 200 if options.quick else 4000)

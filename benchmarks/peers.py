@@ -1,36 +1,63 @@
-"""Other people's kernels as launches: what PyTorch has, and what is installed beside it."""
+"""Other people's attention as it wants to be called: what PyTorch has, and what is installed beside it."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from dataclasses import dataclass
 from typing import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-
-from benchmarks.timing import Launch
 
 RIDGELESS = ("sdpa", "fla parallax")
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Launch:
+@dataclass(frozen=True)
+class Peer:
+    """One attention and its layout.
+
+    Attributes:
+        attend: (q, k, v) -> output, all in its own layout; differentiable.
+        to_own: a (1, H, N, D) tensor in that layout, contiguous.
+        from_own: back to (1, H, N, D).
+    """
+
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    to_own: Callable[[Tensor], Tensor] = lambda x: x
+    from_own: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def sdpa() -> Peer:
     """Softmax attention of PyTorch: the floor, two tile products where LLA has five and more."""
-    return lambda: scaled_dot_product_attention(q, k, v, is_causal=True)
+    return Peer(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
-def flashlla(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ridge: float, cg_max_iters: int) -> Launch:
-    """The LLA authors' kernels. They take (batch*heads, N, D) and autotune at the first call of a shape."""
+def flashlla(ridge: float, cg_max_iters: int, device: torch.device) -> Peer:
+    """The LLA authors' kernels. They take (batch*heads, N, D) and autotune at the first call of a length.
+
+    The ridge goes in as a float32 tensor: a number would be rounded to the type of q, and copied to the device in
+    every call.
+    """
     attention = _member("flashlla", "lla_attention")
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    return lambda: attention(q, k, v, ridge_lambda=ridge, cg_max_iters=cg_max_iters)[None]
+    ridge_lambda = torch.tensor(ridge, dtype=torch.float32, device=device)
+    return Peer(
+        lambda q, k, v: attention(q, k, v, ridge_lambda=ridge_lambda, cg_max_iters=cg_max_iters),
+        to_own=lambda x: x.flatten(0, 1),
+        from_own=lambda x: x[None],
+    )
 
 
-def parallax(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Launch:
+def parallax(probe: Tensor) -> Peer:
     """Parallax of flash-linear-attention: the nearest operator there, whose probe is an input instead of solved for."""
     attention = _member("fla.ops.parallax", "parallel_parallax")
-    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, N, H, D)
-    probe = q / q.shape[-1]
-    return lambda: attention(q=q, r=probe, k=k, v=v)
+
+    def swap(x: Tensor) -> Tensor:  # (B, N, H, D)
+        return x.transpose(1, 2).contiguous()
+
+    r = swap(probe)
+    return Peer(lambda q, k, v: attention(q=q, r=r, k=k, v=v), swap, swap)
 
 
 def available(package: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from lla_compile.plans import Plan
 from lla_compile.reference import lla_reference
 from lla_compile.spec import LLASpec
-from lla_compile.tuner.problem import normal_inputs
+from lla_compile.tuner.problem import normal_tensors
 
 # Rows of one head that are held against the reference, the last ones: it costs rows * N * D^2 in float64.
 REFERENCE_ROWS = 1024
@@ -30,7 +30,11 @@ class Shape:
 
     def inputs(self, dtype: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Standard normal query, key and value (1, B*H, N, D), the same in every run."""
-        return normal_inputs(self.spec(dtype), device, "benchmark")
+        return tuple(normal_tensors(self.spec(dtype), device, "benchmark").values())
+
+    def training_inputs(self, dtype: str, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Standard normal query, key, value and gradient of the output (1, B*H, N, D), the same in every run."""
+        return tuple(normal_tensors(self.spec(dtype, phase="backward"), device, "benchmark").values())
 
     def as_row(self) -> dict[str, object]:
         return {"seqlen": self.seqlen, "head_dim": self.head_dim, "batch_heads": self.batch_heads}

@@ -74,8 +74,8 @@ def _configured(config: KernelConfig, text: str | None) -> KernelConfig:
 
 def _launch(plan: Plan, inputs: tuple) -> Launch:
     executable = backends.get(plan.config.backend).bind(plan)
-    scale = plan.spec.head_dim**-0.5
-    return lambda: executable(*inputs, 1.0, scale, False)
+    named = dict(zip("qkv", inputs)) | {"ridge": 1.0, "scale": plan.spec.head_dim**-0.5}
+    return lambda: executable(named, ("out",))
 
 
 BENCHMARK = Benchmark(

@@ -14,6 +14,7 @@ from typing import Iterable, Sequence
 
 from benchmarks.forward import PRECISIONS, RIDGES
 from benchmarks.report import RESULTS, write_text
+from benchmarks.solver import DEFAULT, TILE
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def tables(directory: Path) -> str:
     """Markdown of what the directory has; a benchmark without a file is left out."""
     sections = {
-        "forward": _forward, "accuracy": _accuracy, "sweeps": _sweeps, "memory": _memory, "overhead": _overhead
+        "forward": _forward, "training": _training, "varlen": _varlen, "accuracy": _accuracy, "gradients": _gradients,
+        "sweeps": _sweeps, "solver": _solver, "memory": _memory, "overhead": _overhead,
     }  # fmt: skip
     parts = []
     for name, section in sections.items():
@@ -58,21 +60,46 @@ def _where(environment: dict) -> str:
 
 
 def _forward(rows: list[dict]) -> str:
+    return "Forward, causal, milliseconds:\n\n" + _times(rows, "median_ms")
+
+
+def _training(rows: list[dict]) -> str:
+    return "Forward and backward, causal, milliseconds:\n\n" + _times(rows, "training_ms")
+
+
+def _times(rows: list[dict], name: str) -> str:
+    """A line for each shape; where an operator ran at several ridges, their times in one cell."""
     ridges = " / ".join(f"{ridge:g}" for ridge in RIDGES)
     columns = [("sdpa", "softmax (SDPA)", None)]
     columns += [("lla_attention", f"`{precision}`, λ {ridges}", precision) for precision in PRECISIONS]
-    others = dict.fromkeys(row["op"] for row in rows if row["op"] not in ("sdpa", "lla_attention"))
-    columns += [(op, op, None) for op in others]
+    for op in dict.fromkeys(row["op"] for row in rows if row["op"] not in ("sdpa", "lla_attention")):
+        own = dict.fromkeys(f"{row['ridge']:g}" for row in rows if row["op"] == op and row["ridge"] is not None)
+        columns.append((op, f"{op}, λ {' / '.join(own)}" if own else op, None))
     lines = []
     for shape in dict.fromkeys((row["seqlen"], row["head_dim"], row["batch_heads"]) for row in rows):
         here = [row for row in rows if (row["seqlen"], row["head_dim"], row["batch_heads"]) == shape]
         cells = [
-            " / ".join(_cell(row, "median_ms") for row in here if (row["op"], row["precision"]) == (op, precision))
+            " / ".join(_cell(row, name) for row in here if (row["op"], row["precision"]) == (op, precision))
             for op, _, precision in columns
         ]
         lines.append((*shape, *cells))
-    header = ["N", "D", "B·H", *(title for _, title, _ in columns)]
-    return "Forward, causal, milliseconds:\n\n" + _markdown(header, lines)
+    return _markdown(["N", "D", "B·H", *(title for _, title, _ in columns)], lines)
+
+
+def _varlen(rows: list[dict]) -> str:
+    lines = [
+        (
+            row["head_dim"],
+            row["num_heads"],
+            ", ".join(map(str, row["lengths"])),
+            f"{len(row['dense_lengths'])} x {row['dense_lengths'][0]}",
+            *(f"{_cell(row, f'{x}_ms')} ({_cell(row, f'{x}_over_dense')})" for x in ("forward", "training")),
+        )
+        for row in rows
+    ]
+    about = "Packed sequences, milliseconds (time of a visible pair over that of an equal dense batch):"
+    header = ["D", "H", "lengths", "dense batch", "forward", "forward and backward"]
+    return f"{about}\n\n" + _markdown(header, lines)
 
 
 def _accuracy(rows: list[dict]) -> str:
@@ -90,6 +117,40 @@ def _accuracy(rows: list[dict]) -> str:
     return f"{about}\n\n" + _markdown(["dtype", "D", "λ", *titles], lines)
 
 
+def _gradients(rows: list[dict]) -> str:
+    names = ("error_dq", "error_dk", "error_dv", "error_dridge", "error_dscale_rows")
+    precisions = dict.fromkeys(row["precision"] for row in rows)
+    lines = []
+    for case in dict.fromkeys((row["dtype"], row["seqlen"], row["head_dim"], row["ridge"]) for row in rows):
+        found = {
+            row["precision"]: row
+            for row in rows
+            if (row["dtype"], row["seqlen"], row["head_dim"], row["ridge"]) == case
+        }
+        cells = [" / ".join(_cell(found.get(precision, {}), name) for name in names) for precision in precisions]
+        lines.append((*case, *cells))
+    titles = [f"`{precision}`: dq / dk / dv / dλ / dscale" for precision in precisions]
+    about = "Error of the gradients against float64; of dscale, a sum over all rows, relative to the norm of its terms:"
+    return f"{about}\n\n" + _markdown(["dtype", "N", "D", "λ", *titles], lines)
+
+
+def _solver(rows: list[dict]) -> str:
+    columns = dict.fromkeys((row["solve"], row["variant"]) for row in rows)
+    lines = []
+    for case in dict.fromkeys((row["keys"], row["head_dim"], row["ridge"]) for row in rows):
+        found = {
+            (row["solve"], row["variant"]): row
+            for row in rows
+            if (row["keys"], row["head_dim"], row["ridge"]) == case
+        }
+        lines.append((*case, *(_cell(found.get(column, {}), f"pairs_{DEFAULT}") for column in columns)))
+    about = (
+        f"Iterations of a {TILE}-row tile to {DEFAULT}, weighted by its visible pairs, simulated in float64, "
+        f"N {rows[0]['seqlen']}:"
+    )
+    return f"{about}\n\n" + _markdown(["keys", "D", "λ", *(f"{x}: {y}" for x, y in columns)], lines)
+
+
 def _sweeps(rows: list[dict]) -> str:
     lines = [
         (*(row[name] for name in ("seqlen", "head_dim", "batch_heads", "precision")), _cell(row, "tflops"))
@@ -101,8 +162,16 @@ def _sweeps(rows: list[dict]) -> str:
 
 def _memory(rows: list[dict]) -> str:
     shape = ("seqlen", "head_dim", "batch_heads")
-    lines = [(*(row[name] for name in shape), *(_cell(row, f"{x}_mib") for x in ("extra", "output"))) for row in rows]
-    return "Peak memory beyond inputs and output, MiB:\n\n" + _markdown(["N", "D", "B·H", "extra", "output"], lines)
+    lines = [
+        (
+            row.get("passes", "forward"),
+            *(row[name] for name in shape),
+            *(_cell(row, f"{x}_mib") for x in ("extra", "output")),
+        )
+        for row in rows
+    ]
+    about = "Peak memory beyond inputs, output and gradients, MiB:"
+    return f"{about}\n\n" + _markdown(["passes", "N", "D", "B·H", "extra", "output"], lines)
 
 
 def _overhead(rows: list[dict]) -> str:
@@ -117,7 +186,7 @@ def _cell(row: dict, name: str) -> str:
     value = row.get(name)
     if not isinstance(value, (int, float)):
         return str(value or "-")
-    return f"{value:.1e}" if name == "error" else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+    return f"{value:.1e}" if name.startswith("error") else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _markdown(header: Sequence[str], lines: Iterable[Sequence]) -> str:

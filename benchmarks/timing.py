@@ -12,7 +12,7 @@ Launch = Callable[[], object]
 
 
 def time_all(
-    launches: Mapping[object, Launch], target: Target, quick: bool
+    launches: Mapping[object, Launch], target: Target, quick: bool, head_start_ms: float = 0.0
 ) -> tuple[dict[object, Timing], dict[object, str]]:
     """Time launches in turns, each behind a cold second-level cache.
 
@@ -20,6 +20,8 @@ def time_all(
         launches: what is timed, by name.
         target: where.
         quick: fewer repeats.
+        head_start_ms: keep a GPU busy for so long before each launch, so that it never waits for a host that takes
+            long to enqueue. The clearing of the cache alone gives 0.06 ms.
 
     Returns:
         Times by name, and for those that raised, the error in one line.
@@ -34,7 +36,9 @@ def time_all(
     sound = {name: launch for name, launch in launches.items() if name not in failures}
     if not sound:
         return {}, failures
-    timer = timer_for(target.device, target.info.l2_bytes)
+    # The timer clears twice as many bytes as it is told that the cache has.
+    head_start_bytes = int(head_start_ms * 1e6 * target.info.bandwidth_gbs / 2)
+    timer = timer_for(target.device, max(target.info.l2_bytes, head_start_bytes))
     if target.is_cuda:
         warm_up(timer, next(iter(sound.values())), 300.0)
     budget_ms, repeats = (30.0, (3, 10)) if quick else (200.0, (7, 50))

@@ -13,11 +13,25 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
-from benchmarks import accuracy, forward, memory, overhead, peers, problems, sweeps, table  # noqa: E402
+from benchmarks import (  # noqa: E402
+    accuracy,
+    forward,
+    gradients,
+    launches,
+    memory,
+    overhead,
+    peers,
+    problems,
+    solver,
+    sweeps,
+    table,
+    training,
+    varlen,
+)
 from benchmarks import all as driver  # noqa: E402
 from benchmarks.report import Benchmark, Target, write_json  # noqa: E402
 from benchmarks.timing import time_all  # noqa: E402
-from lla_compile import plan  # noqa: E402
+from lla_compile import lla_attention, plan  # noqa: E402
 
 CPU = ["--device", "cpu", "--quick"]
 
@@ -64,14 +78,102 @@ def test_forward_records_a_peer_that_fails(tmp_path, tiny, monkeypatch):
 
 
 def test_peers_are_called_with_their_own_layout(monkeypatch):
-    q, k, v = torch.randn(3, 1, 4, 8, 16)
+    q, k, v, grad_out = torch.randn(4, 1, 4, 8, 16)
+    seen = []
 
     def attention(q, k, v, r=None, **options):
-        return q
+        seen.append((q.shape, options))
+        return q * k + v
 
     monkeypatch.setattr(peers, "_member", lambda module, name: attention)
-    assert peers.flashlla(q, k, v, 1.0, 32)().shape == (1, 4, 8, 16)
-    assert peers.parallax(q, k, v)().shape == (1, 8, 4, 16)
+    for peer, shape in ((peers.flashlla(0.1, 32, q.device), (4, 8, 16)), (peers.parallax(q), (1, 8, 4, 16))):
+        seen.clear()
+        assert torch.equal(launches.forward(peer, (q, k, v))(), q * k + v)
+        dq, dk, dv = launches.training(peer, (q, k, v), grad_out)()
+        assert torch.equal(dq, grad_out * k) and torch.equal(dk, grad_out * q) and torch.equal(dv, grad_out)
+        assert {x for x, _ in seen} == {shape}
+        ridge = seen[0][1].get("ridge_lambda")
+        assert ridge is None or (ridge.dtype == torch.float32 and ridge.item() == pytest.approx(0.1))
+
+
+def test_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "RIDGES", (1.0, 0.1))
+    monkeypatch.setattr(training, "PRECISIONS", ("accurate",))
+    monkeypatch.setattr(training, "FLASHLLA_RIDGES", (1.0,))
+    monkeypatch.setattr(training, "REFERENCE_ROWS", 40)  # of 64: the first rows of a longer problem
+    monkeypatch.setattr(peers, "available", lambda package: True)
+    monkeypatch.setattr(peers, "flashlla", lambda ridge, iterations, device: launches.lla(ridge, "accurate"))
+    softmax, *rows, peer = run(training.BENCHMARK, tmp_path)["rows"]
+    assert softmax["op"] == "sdpa" and softmax["time_over_sdpa"] == 1 and "error_dq" not in softmax
+    assert peer["op"] == "flashlla" and peer["error_dk"] < 1e-5 and "error_dscale" not in peer
+    assert [row["ridge"] for row in rows] == [1.0, 0.1]
+    for row in rows:
+        assert "failure" not in row
+        assert all(row[f"error_{name}"] < 1e-4 for name in ("dq", "dk", "dv", "dridge", "dscale"))
+        assert 1 <= row["adjoint_iterations_mean"] <= row["adjoint_iterations_max"]
+        assert row["time_over_sdpa"] == pytest.approx(row["training_ms"] / softmax["training_ms"], rel=1e-3)
+    assert rows[0]["flashlla_over_this"] == pytest.approx(peer["training_ms"] / rows[0]["training_ms"], rel=1e-3)
+    assert "flashlla_over_this" not in rows[1]
+
+
+def test_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr(gradients, "DTYPES", ("float16",))
+    for row in run(gradients.BENCHMARK, tmp_path)["rows"]:
+        limit = 5e-3 if row["precision"] == "accurate" else 5e-2
+        names = ("dq", "dk", "dv", "dridge", "dscale_rows")
+        assert all(row[f"error_{name}"] < limit for name in names), row
+        assert row["iterations_mean"] >= 1 and row["adjoint_residual_max"] < 1e-2
+
+
+def test_error_of_a_cancelling_sum_is_held_against_its_terms():
+    terms = torch.tensor([[[3.0, -4.0, 1.1]]])
+    row = gradients.gradient_errors([terms] * 5, [terms.double()] * 4 + [torch.tensor(0.0, dtype=torch.float64)])
+    assert row["error_dq"] == row["error_dridge"] == 0
+    assert row["error_dscale_rows"] == pytest.approx(0.1 / terms.norm().item(), rel=1e-5)
+
+
+def test_varlen(tmp_path):
+    lengths = varlen.random_lengths(1000, 8)
+    assert sum(lengths) == 1000 and len(lengths) == 8 and min(lengths) > 0
+    dense = varlen.dense_of(varlen.Batch((100, 320), 2, 16))
+    assert dense.lengths == (256, 256) and dense.visible_pairs == 2 * 2 * 256 * 257 // 2
+    (row,) = run(varlen.BENCHMARK, tmp_path)["rows"]
+    assert "failure" not in row and row["difference"] < 1e-5
+    per_pair = row["training_ms"] / row["visible_pairs"]
+    dense_per_pair = row["dense_training_ms"] / row["dense_visible_pairs"]
+    assert row["training_over_dense"] == pytest.approx(per_pair / dense_per_pair, rel=1e-3)
+
+
+def test_simulated_solver_counts_what_the_eager_backend_counts():
+    system = solver.System.random(96, 16, 1.0, 0.1, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = torch.randn((4, 1, 1, 96, 16), generator=generator, dtype=torch.float64)
+    q = q.requires_grad_()
+    out, info = lla_attention(q, k, v, 0.1, cg_tol=1e-3, return_info=True)
+    out.backward(g)
+    counts = list(solver.TOLERANCES).index("1e-3")
+    assert torch.equal(solver.count(system.matrix, system.delta)[counts], info.iterations[0, 0])
+    assert torch.equal(solver.count(system.matrix, system.t)[counts], info.adjoint.iterations[0, 0])
+
+
+def test_simulated_solver_starts_and_preconditioners():
+    system = solver.System.random(96, 16, 100.0, 0.1, torch.device("cpu"))
+    # The exact solution as a start and the exact matrix as a preconditioner leave nothing, or one step, to do.
+    assert solver.count(system.matrix, system.delta, start=system.probe).max() == 0
+    assert solver.count(system.matrix, system.delta, preconditioner=system.matrix).max() == 1
+    residual = system.t - (system.matrix @ system.projected_probe()[:, :, None])[:, :, 0]
+    assert (residual * system.probe).sum(-1).abs().max() < 1e-9
+    assert torch.allclose(system.tile_mean()[:64], system.matrix[:64].mean(0).expand(64, -1, -1))
+
+
+def test_solver(tmp_path):
+    rows = run(solver.BENCHMARK, tmp_path)["rows"]
+    assert len(rows) == 2 * 3 * len(solver.VARIANTS)
+    for row in rows:
+        assert "failure" not in row
+        assert row["tile_1e-2.5"] <= row["tile_1e-3"] <= row["tile_1e-3.5"]
+        assert max(row["tiles"]) == row["row_max"] and len(row["tiles"]) == 3
+        assert list(row["by_keys"]) == ["1 to 15", "16 to 32", "33 to 64", "65 to 128", "129 to 160"]
 
 
 def test_accuracy(tmp_path, monkeypatch):
@@ -100,7 +202,9 @@ def test_memory_counts_what_lives(tmp_path):
         b = b * 2
     assert live.peak == 6400  # the last two, which never coexist with the first
     rows = run(memory.BENCHMARK, tmp_path)["rows"]
-    assert rows[1]["extra_mib"] < 3 * rows[0]["extra_mib"]
+    assert [row["passes"] for row in rows] == ["forward"] * 2 + ["forward + backward"] * 2
+    for short, long in (rows[:2], rows[2:]):  # twice the length
+        assert 0 < short["extra_mib"] < long["extra_mib"] < 3 * short["extra_mib"]
 
 
 def test_overhead(tmp_path):
@@ -158,16 +262,20 @@ def test_table_goes_between_the_marks(tmp_path, capsys):
     ]
     rows.append(rows[-1] | {"ridge": 0.1, "failure": "broke"})
     write_json(tmp_path / "x" / "forward.json", {"environment": environment, "rows": rows})
+    peer = shape | {"op": "flashlla", "ridge": 10.0, "precision": None, "training_ms": 7.0}
+    trained = [row | {"training_ms": 3.0} for row in rows] + [peer]
+    write_json(tmp_path / "x" / "training.json", {"environment": environment, "rows": trained})
     assert table.main(["x", "--results", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "X, 2030-01-02; torch 9.9." in printed
     assert "| 64 | 16 | 2 | 0.5 | 2 / 2 / fails |  |" in printed
+    assert "flashlla, λ 10 |" in printed and "| 64 | 16 | 2 | 3 | 3 / 3 / fails |  | 7 |" in printed
     page = tmp_path / "page.md"
     page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     for _ in range(2):
         assert table.main(["x", "--results", str(tmp_path), "--into", str(page)]) == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and text.count("fails") == 1
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text and text.count("fails") == 2
     page.write_text("no marks")
     with pytest.raises(SystemExit):
         table.main(["x", "--results", str(tmp_path), "--into", str(page)])
