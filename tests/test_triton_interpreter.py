@@ -1,4 +1,4 @@
-"""Runs interpreted_cases.py in a process of its own: the interpreter is chosen before Triton is first imported."""
+"""Runs the interpreted cases in a process of their own: the interpreter is chosen before Triton is first imported."""
 
 import importlib.util
 import os
@@ -11,22 +11,23 @@ from xml.etree import ElementTree
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-CASES = Path(__file__).with_name("interpreted_cases.py")
-NAMES = re.findall(r"^def (test_\w+)", CASES.read_text(), re.MULTILINE)
+CASES = [Path(__file__).with_name(f"interpreted_{name}.py") for name in ("cases", "backward_cases")]
+NAMES = [f"{path.stem}.{name}" for path in CASES for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[dict[str, list[str]], str]:
     """For each test function the failures of its cases ("" for a case that passed), and the process's output."""
     report = tmp_path_factory.mktemp("interpreter") / "report.xml"
-    command = [sys.executable, "-m", "pytest", str(CASES), f"--junitxml={report}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *map(str, CASES), f"--junitxml={report}", "-p", "no:cacheprovider"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     output = done.stdout + done.stderr
     assert report.exists(), output
     outcomes: dict[str, list[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         problems = [f"{case.get('name')}: {child.tag}\n{child.text}" for child in case if child.tag != "system-out"]
-        outcomes.setdefault(case.get("name").partition("[")[0], []).append("\n".join(problems))
+        module = case.get("classname").rpartition(".")[2]
+        outcomes.setdefault(f"{module}.{case.get('name').partition('[')[0]}", []).append("\n".join(problems))
     return outcomes, output
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from problems import Problem, make_plan, make_problem, run_info
+from problems import Problem, make_packed_problem, make_plan, make_problem, run_backward, run_info
 
 from lla_compile import backends
 from lla_compile.devices import identify
@@ -12,6 +12,10 @@ from lla_compile.devices import identify
 def gpu_problem(**fields) -> Problem:
     """Defaults are chosen so that most tests share one compiled kernel: bfloat16, D 64, causal."""
     return make_problem(**dict(dtype=torch.bfloat16, head_dim=64, device="cuda") | fields)
+
+
+def gpu_packed(lengths_q, lengths_k=None, **fields) -> Problem:
+    return make_packed_problem(lengths_q, lengths_k, **dict(dtype=torch.bfloat16, head_dim=64, device="cuda") | fields)
 
 
 def triton_info(p: Problem, precision: str = "accurate", **knobs):
@@ -26,8 +30,12 @@ def triton(p: Problem, precision: str = "accurate", **knobs) -> torch.Tensor:
 def bound(p: Problem, precision: str = "accurate", **knobs):
     """A function without arguments that launches the kernels on the problem as it then is, asking for no info."""
     executable = backends.get("triton").bind(make_plan(p, "triton", precision, identify("cuda"), **knobs))
-    scale = p.q.shape[-1] ** -0.5
-    return lambda: executable(p.q, p.k, p.v, p.ridge, scale, False)[0]
+    return lambda: executable(p.inputs(), ("out",))["out"]
+
+
+def gradients(p: Problem, grad_out: torch.Tensor, precision: str = "accurate", **knobs) -> dict[str, torch.Tensor]:
+    """All five gradients by name."""
+    return run_backward(p, grad_out, "triton", precision, device=identify("cuda"), **knobs)
 
 
 def poison_free_memory() -> None:

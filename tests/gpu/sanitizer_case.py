@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from on_gpu import gpu_problem, triton  # noqa: E402
-from problems import assert_close  # noqa: E402
+from on_gpu import gpu_packed, gpu_problem, gradients, triton  # noqa: E402
+from problems import assert_close, make_grad_out  # noqa: E402
 
 CASES = [
     dict(heads=3, kv_heads=1, seqlen_q=65, head_dim=40, head_dim_v=24),
@@ -19,4 +19,7 @@ for fields in CASES:
     for schedule in ("fused", "split"):
         p = gpu_problem(**fields, ridge=4.0)
         assert_close(triton(p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
+        assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), schedule=schedule, cg_max_iters=8).values())
+p = gpu_packed((70, 0, 33), head_dim=40, head_dim_v=24, heads=2, kv_heads=1, ridge=4.0)
+assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_iters=8).values())
 print("done")
