@@ -6,7 +6,7 @@ from on_gpu import gpu_packed, gpu_problem, gradients, poison_free_memory, trito
 from problems import GRADIENTS, assert_close, assert_gradients_close, gradient_errors, make_grad_out
 
 from lla_compile import lla_attention, lla_attention_varlen
-from lla_compile.precision import gradient_limit
+from lla_compile.precision import error_limit
 
 SCHEDULES = pytest.mark.parametrize("schedule", ["fused", "split"])
 TENSORS = ("dq", "dk", "dv", "dridge")
@@ -54,7 +54,7 @@ def test_fast(seqlen, head_dim):
 def test_types(dtype, precision):
     p = gpu_problem(seqlen_q=500, dtype=getattr(torch, dtype), ridge=1.0)
     grad_out = make_grad_out(p)
-    limit = gradient_limit(dtype, precision, 1.0)
+    limit = error_limit(dtype, precision, 1.0, "backward")
     assert_gradients_close(gradients(p, grad_out, precision), p.reference_gradients(grad_out), limit)
 
 
