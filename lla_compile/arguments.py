@@ -94,11 +94,13 @@ def check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k) -> None:
     """Raise unless q, k and v can be packed sequences that end at ``cu_seqlens_q`` and ``cu_seqlens_k``.
 
     Raises:
-        TypeError: no tensor, or ``cu_seqlens`` that are not int32.
+        TypeError: not a tensor, or ``cu_seqlens`` that are not int32.
         ValueError: a wrong number of dimensions, different numbers of sequences, or another device.
     """
     for name, x in {"q": q, "k": k, "v": v}.items():
-        if isinstance(x, torch.Tensor) and x.dim() != 3:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 3:
             raise ValueError(f"{name} must be 3-D (total, heads, head_dim), got shape {tuple(x.shape)}")
     for name, x in {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}.items():
         if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
@@ -106,7 +108,7 @@ def check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k) -> None:
             raise TypeError(f"{name} must be an int32 tensor, got {given}")
         if x.dim() != 1 or x.shape[0] < 1:
             raise ValueError(f"{name} must be 1-D with one element more than there are sequences, got {tuple(x.shape)}")
-        if isinstance(q, torch.Tensor) and x.device != q.device:
+        if x.device != q.device:
             raise ValueError(f"{name} must be on the device of q, got {x.device} and q on {q.device}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(

@@ -63,8 +63,8 @@ class AdjointInfo:
     """What the adjoint solve did; None until the backward pass has run.
 
     Attributes:
-        iterations: conjugate-gradient steps taken, int32 (B, Hq, N).
-        residual: ||r|| / ||r_0|| at the end, (B, Hq, N).
+        iterations: conjugate-gradient steps taken, int32 (B, Hq, N); (total_q, Hq) of packed sequences.
+        residual: ||r|| / ||r_0|| at the end, likewise.
     """
 
     iterations: torch.Tensor | None = None
@@ -95,9 +95,7 @@ def backward(ctx, grad_out: torch.Tensor | None, run: Callable, report: AdjointI
         report: filled with what the adjoint solve did.
     """
     gradients = [None] * ctx.arity
-    wanted = [
-        (position, name) for position, name in zip(_DIFFERENTIABLE, GRADIENTS) if ctx.needs_input_grad[position]
-    ]
+    wanted = [(position, name) for position, name in zip(_DIFFERENTIABLE, GRADIENTS) if ctx.needs_input_grad[position]]
     if grad_out is None or not wanted:
         return tuple(gradients)
     tensors = list(ctx.saved_tensors)
@@ -111,7 +109,9 @@ def backward(ctx, grad_out: torch.Tensor | None, run: Callable, report: AdjointI
             gradient = gradient.sum_to_size(like.shape).to(like.dtype)
         gradients[position] = gradient
     if report:
-        report.iterations, report.residual = (results[name] for name in INFO)
+        by_row = (results[name] for name in INFO)
+        packed = arguments.cu_seqlens_q is not None
+        report.iterations, report.residual = (x[0].T if packed else x for x in by_row)
     return tuple(gradients)
 
 
@@ -127,8 +127,26 @@ def run_backward(
     """The backward pass on concrete tensors."""
     if grad_out.stride(3) != 1:
         grad_out = grad_out.contiguous()
+    factor = None
+    if grad_out.dtype is torch.float16 and grad_out.numel():
+        grad_out, factor = _normalised(grad_out)
     given = {"grad_out": grad_out, **saved}
-    return dispatch.run("backward", arguments.inputs, arguments.options, wanted, given)
+    results = dispatch.run("backward", arguments.inputs, arguments.options, wanted, given)
+    if factor is None:
+        return results
+    return {name: x if name in INFO else x * factor for name, x in results.items()}
+
+
+def _normalised(grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``grad_out`` with values of about 1 at most, and the power of two to multiply the gradients by, NaN if any of
+    its values is not finite; nothing waits for the device.
+
+    Gradients are linear in it. The scaled loss of float16 training grows until something overflows, which has to be
+    the gradients, where it is seen, and not the weights on the way to them, which saturate.
+    """
+    largest = torch.linalg.vector_norm(grad_out, torch.inf, dtype=torch.float32)
+    power = torch.exp2(torch.frexp(largest).exponent.clamp(-14, 15))  # all of these are float16 numbers
+    return grad_out / power, power + 0 * largest
 
 
 class Attention(torch.autograd.Function):

@@ -215,7 +215,8 @@ class _Zeros:
         program = lower(spec.op, spec.phase)
         tensors = inputs["q"], inputs["k"], inputs["v"]
         packed = spec.num_sequences is not None
-        return {name: storage.layout(program, name, *tensors, spec.precision, packed).empty(inputs["q"]).zero_() for name in wanted}
+        layouts = {name: storage.layout(program, name, *tensors, spec.precision, packed) for name in wanted}
+        return {name: layout.empty(inputs["q"]).zero_() for name, layout in layouts.items()}
 
 
 def _flag(name: str) -> bool:

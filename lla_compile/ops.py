@@ -16,9 +16,7 @@ _INPUTS = (
     "Tensor q, Tensor k, Tensor v, float? ridge, Tensor? ridge_rows, float? scale, Tensor? scale_value, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
-_OPTIONS = (
-    "bool is_causal, SymInt? window_size, str precision, float? cg_tol, int? cg_max_iters, str? backend"
-)
+_OPTIONS = "bool is_causal, SymInt? window_size, str precision, float? cg_tol, int? cg_max_iters, str? backend"
 _SAVED_INPUTS = ", ".join(f"Tensor {name}" for name in ("grad_out", *SAVED))
 
 # The outputs of each operator that runs the forward pass.
