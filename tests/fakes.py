@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import torch
-
+from lla_compile import storage
+from lla_compile.lowering import lower
 from lla_compile.plans import KernelConfig, Source
 
 
 class FakeBackend:
-    """Records what it is asked to run; its output is zeros (made once, so that its own cost is next to nothing)."""
+    """Records what it is asked to run, as (inputs, wanted) in ``calls``; its outputs are zeros.
+
+    They are made once for each ``wanted``, so that its own cost is next to nothing. ``refuses`` is why it cannot run a
+    spec, or a function of the spec that says so.
+    """
 
     def __init__(self, name, *, refuses=None, infeasible=None, kernel_hash="hash"):
         self.name, self.refuses, self.too_big, self.kernel_hash = name, refuses, infeasible, kernel_hash
         self.bound, self.calls = [], []
 
     def unsupported(self, spec, device):
-        return self.refuses
+        return self.refuses(spec) if callable(self.refuses) else self.refuses
 
     def default_config(self, spec, device):
         return KernelConfig(self.name, "fused", 64, 64, 32)
@@ -29,13 +33,19 @@ class FakeBackend:
         return self.kernel_hash
 
     def bind(self, plan):
-        spec = plan.spec
-        out = torch.zeros(spec.batch, spec.num_heads, spec.seqlen_q, spec.head_dim_v)
+        spec, made = plan.spec, {}
+        program, packed = lower(spec.op, spec.phase), spec.num_sequences is not None
         self.bound.append(plan)
 
-        def executable(*args):
-            self.calls.append(args)
-            return out, None, None
+        def zeros(inputs, name):
+            tensors = (inputs[x] for x in ("q", "k", "v"))
+            return storage.layout(program, name, *tensors, spec.precision, packed).empty(inputs["q"]).zero_()
+
+        def executable(inputs, wanted):
+            self.calls.append((inputs, wanted))
+            if wanted not in made:
+                made[wanted] = {name: zeros(inputs, name) for name in wanted}
+            return made[wanted]
 
         return executable
 

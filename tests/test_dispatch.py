@@ -4,12 +4,15 @@ import os
 import statistics
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from fakes import FakeBackend, entry_of, lookup_in
+from problems import CPU
 
-from lla_compile import clear_cache, dispatch, lla_attention
+from lla_compile import clear_cache, devices, dispatch, lla_attention, lla_attention_varlen
+from lla_compile.lowering import INFO, SAVED
 from lla_compile.planner import TuningMiss
 
 # Microseconds for checks and look-up of a repeated call: several times what a busy machine takes.
@@ -163,34 +166,88 @@ def test_only_a_last_stride_other_than_one_is_copied(eager):
     k = k.transpose(2, 3).contiguous().transpose(2, 3)
     v = v[..., :1].expand(-1, -1, -1, 4)
     lla_attention(q, k, v)
-    got_q, got_k, got_v, *_ = eager.calls[0]
-    assert got_q is q
-    assert got_k.stride(3) == 1 and got_k.equal(k)
-    assert got_v.stride(3) == 1 and got_v.equal(v)
+    got, _ = eager.calls[0]
+    assert got["q"] is q
+    assert got["k"].stride(3) == 1 and got["k"].equal(k)
+    assert got["v"].stride(3) == 1 and got["v"].equal(v)
 
 
 def test_ridge_and_scale_reach_the_backend(eager):
     q, k, v = tensors(batch=2, heads=3)
     lla_attention(q, k, v)
-    assert eager.calls[-1][3:] == (1.0, 0.5, False)
+    inputs, wanted = eager.calls[-1]
+    assert (inputs["ridge"], inputs["scale"], wanted) == (1.0, 0.5, ("out",))
     lla_attention(q, k, v, 2, scale=1)
-    assert eager.calls[-1][3:5] == (2.0, 1.0) and isinstance(eager.calls[-1][3], float)
+    inputs, _ = eager.calls[-1]
+    assert (inputs["ridge"], inputs["scale"]) == (2.0, 1.0) and isinstance(inputs["ridge"], float)
     ridge, scale = torch.rand(3, 1) + 0.1, torch.tensor(0.3)
     lla_attention(q, k, v, ridge, scale=scale)
-    got_ridge, got_scale = eager.calls[-1][3:5]
-    assert got_ridge.shape == (2, 3, 8) and got_ridge.equal(ridge.expand(2, 3, 8)) and got_scale is scale
+    inputs, _ = eager.calls[-1]
+    assert inputs["ridge"].shape == (2, 3, 8) and inputs["ridge"].equal(ridge.expand(2, 3, 8))
+    assert inputs["scale"] is scale
+
+
+def test_only_what_is_wanted_is_asked_of_the_backend(eager):
+    q, k, v = tensors()
+    lla_attention(q, k, v, return_info=True)
+    assert eager.calls[-1][1] == ("out", *INFO)
+    out = lla_attention(q, k, v.requires_grad_())
+    assert set(eager.calls[-1][1]) == {"out", *SAVED, *INFO}
+    out.sum().backward()
+    inputs, wanted = eager.calls[-1]
+    assert wanted == ("dv",) and {"grad_out", *SAVED} <= inputs.keys()
+    with torch.no_grad():
+        lla_attention(q, k, v)
+    assert eager.calls[-1][1] == ("out",)
+
+
+def test_the_backward_pass_has_a_plan_of_its_own(eager):
+    q, k, v = tensors()
+    for _ in range(2):
+        lla_attention(q.requires_grad_(), k, v, cg_max_iters=5).sum().backward()
+    assert [plan.spec.phase for plan in eager.bound] == ["forward", "backward"]
+    assert eager.bound[1].spec.cg_max_iters == 5 and len(eager.calls) == 4
+
+
+def test_packed_sequences_reach_the_backend(eager):
+    q, k, v = (torch.randn(9, 2, 4) for _ in range(3))
+    ends = torch.tensor([0, 4, 4, 9, 0, 0], dtype=torch.int32)[:4]
+    lla_attention_varlen(q, k, v, ends, ends)
+    other = torch.tensor([0, 1, 2, 9], dtype=torch.int32)
+    lla_attention_varlen(q, k, v, other, ends)
+    assert len(eager.bound) == 1 and eager.bound[0].spec.num_sequences == 3
+    inputs, _ = eager.calls[-1]
+    assert inputs["cu_seqlens_q"].equal(other) and inputs["cu_seqlens_k"].equal(ends)
+    assert inputs["q"].shape == (1, 2, 9, 4) and inputs["q"].data_ptr() == q.data_ptr()
+    lla_attention_varlen(q, k, v, ends[[0, 3]], ends[[0, 3]])
+    lla_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)))
+    assert [plan.spec.num_sequences for plan in eager.bound] == [3, 1, None]
+
+
+def no_backward(spec):
+    return "it has no backward pass" if spec.phase == "backward" else None
 
 
 @pytest.mark.parametrize("needs", ["q", "k", "v", "ridge", "scale"])
-def test_gradients_are_refused_where_there_is_no_backward(eager, needs):
+def test_a_named_backend_without_a_backward_pass_says_so(eager, needs):
+    dispatch.BACKENDS["triton"].refuses = no_backward
     q, k, v = tensors()
     arguments = dict(q=q, k=k, v=v, ridge=torch.tensor(1.0), scale=torch.tensor(1.0))
     arguments[needs].requires_grad_()
-    with pytest.raises(NotImplementedError, match=rf"{needs} requires a gradient.*no_grad.*backend='eager'"):
-        lla_attention(**arguments, backend="triton")
-    with torch.no_grad():
-        lla_attention(**arguments, backend="triton")
-    lla_attention(**arguments, backend="eager")
+    out = lla_attention(**arguments, backend="triton")
+    with pytest.raises(NotImplementedError, match="triton: it has no backward pass"):
+        out.sum().backward()
+    lla_attention(**arguments).sum().backward()
+    assert arguments[needs].grad.eq(0).all()
+
+
+def test_passes_may_run_on_different_backends(eager, monkeypatch):
+    """The layout of what is saved is the same for all of them."""
+    dispatch.BACKENDS["triton"].refuses = no_backward
+    monkeypatch.setattr(devices, "identify", lambda device: replace(CPU, vendor="nvidia", compute_capability="9.0"))
+    lla_attention(*(x.requires_grad_() for x in tensors())).sum().backward()
+    assert [plan.spec.phase for plan in dispatch.BACKENDS["triton"].bound] == ["forward"]
+    assert [plan.spec.phase for plan in eager.bound] == ["backward"]
 
 
 def test_a_device_that_is_not_current_is_made_current(eager, monkeypatch):
@@ -222,6 +279,7 @@ def test_host_overhead_of_a_repeated_call(eager, record_property):
     q, k, v = tensors()
     lla_attention(q, k, v)
     executable = next(iter(dispatch._calls.values())).executable
+    inputs, _ = eager.calls[-1]
 
     def microseconds(call, repeats=300):
         start = time.perf_counter()
@@ -230,7 +288,7 @@ def test_host_overhead_of_a_repeated_call(eager, record_property):
         return (time.perf_counter() - start) / repeats * 1e6
 
     both = [
-        (microseconds(lambda: lla_attention(q, k, v)), microseconds(lambda: executable(q, k, v, 1.0, 0.5, False)))
+        (microseconds(lambda: lla_attention(q, k, v)), microseconds(lambda: executable(inputs, ("out",))))
         for _ in range(15)
     ]
     overhead = statistics.median(a - b for a, b in both)

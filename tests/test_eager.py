@@ -1,15 +1,32 @@
 """The eager backend against the float64 reference: limits, shapes, masks, precision tiers, memory, gradients."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from problems import CPU, assert_close, make_plan, make_problem, relative_error, run, run_info
+from problems import (
+    CPU,
+    assert_close,
+    assert_gradients_close,
+    gradient_errors,
+    make_grad_out,
+    make_packed_problem,
+    make_plan,
+    make_problem,
+    relative_error,
+    run,
+    run_backward,
+    run_forward,
+    run_info,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lla_compile import backends
+from lla_compile.autograd import GRADIENTS
 from lla_compile.backends.eager import interpreter
 from lla_compile.expr import dot, log2, row, tile, vector
+from lla_compile.lowering import INFO, SAVED
 from lla_compile.plans import KernelConfig
 from lla_compile.precision import error_limit
 from lla_compile.spec import LLASpec
@@ -28,14 +45,36 @@ SHAPES = [
     dict(seqlen_q=1, seqlen_k=90),
     dict(seqlen_q=20, head_dim=1, head_dim_v=3),
 ]
+PACKED = [
+    dict(lengths_q=[20, 0, 33, 7], lengths_k=[20, 5, 40, 0], heads=4, kv_heads=2),
+    dict(lengths_q=[45, 9], window_size=11, head_dim_v=7),
+    dict(lengths_q=[13, 30], lengths_k=[21, 4], is_causal=False),
+]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# (ridge, largest error of dq, dk and dv there). The gradients of ridge and scale, one number a row made of two vectors
+# that both carry an error, get twice of it.
+GRADIENT_LIMITS = {
+    (torch.float64, "accurate"): (0.1, 1e-9),
+    (torch.float64, "fast"): (0.1, 1e-4),
+    (torch.float32, "accurate"): (0.1, 2e-5),
+    (torch.float32, "fast"): (1.0, 1e-2),
+    (torch.bfloat16, "accurate"): (0.1, 5e-3),
+    (torch.bfloat16, "fast"): (1.0, 3e-2),
+    (torch.float16, "accurate"): (0.1, 5e-3),
+    (torch.float16, "fast"): (1.0, 3e-2),
+}
 
 
-@pytest.mark.parametrize("fields", SHAPES, ids=str)
+def any_problem(fields, **more):
+    """A packed problem if the fields have lengths, else one of equal lengths."""
+    return make_packed_problem(**fields, **more) if "lengths_q" in fields else make_problem(**fields, **more)
+
+
+@pytest.mark.parametrize("fields", SHAPES + PACKED, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("precision", ["accurate", "fast"])
 def test_against_the_reference(dtype, precision, fields):
-    p = make_problem(dtype=dtype, ridge=0.5, **fields)
+    p = any_problem(fields, dtype=dtype, ridge=0.5)
     limit = error_limit(str(dtype).removeprefix("torch."), precision, 0.5)
     out = run(p, precision=precision, **BLOCKS)
     assert out.dtype == dtype
@@ -78,11 +117,23 @@ def test_schedules_agree_exactly(fields, precision):
         assert torch.equal(a, b)
 
 
+def test_only_what_is_wanted_is_returned():
+    p = make_problem(seqlen_q=20)
+    expected = run_forward(p, ("out", *INFO, *SAVED))
+    for wanted in (("out",), ("lse",), ("probe_mean", "out"), ("final_residual", "unit_probe")):
+        results = run_forward(p, wanted)
+        assert tuple(results) == wanted
+        for name, x in results.items():
+            assert torch.equal(x, expected[name])
+    with pytest.raises(ValueError, match="lla_forward has no output dq"):
+        run_forward(p, ("dq",))
+
+
 @pytest.mark.parametrize("fields", SHAPES, ids=str)
 def test_blocks_change_only_rounding(fields):
-    p = make_problem(dtype=torch.float64, ridge=0.1, **fields)
+    p = make_problem(dtype=torch.float64, ridge=1.0, **fields)
     expected = run(p, block_q=512, block_k=512)
-    for block_q, block_k in ((1, 512), (16, 7), (33, 16)):
+    for block_q, block_k in ((3, 512), (16, 7), (33, 16)):
         assert relative_error(run(p, block_q=block_q, block_k=block_k), expected) < 1e-10
 
 
@@ -106,7 +157,8 @@ def test_affine_values_are_reproduced_at_the_query():
 @pytest.mark.parametrize("precision", ["accurate", "fast"])
 def test_one_visible_key_gives_its_value(dtype, precision):
     p = make_problem(seqlen_q=40, window_size=1, ridge=0.1, dtype=dtype)
-    limit = {torch.float64: 1e-12, torch.float32: 2e-4}.get(dtype, 5e-3)  # eps * ||k|| * ||u||, with u = (k - q) / ridge
+    # eps * ||k|| * ||u||, with u = (k - q) / ridge
+    limit = {torch.float64: 1e-12, torch.float32: 2e-4}.get(dtype, 5e-3)
     assert_close(run(p, precision=precision, **BLOCKS), p.v.double(), limit)
 
 
@@ -188,21 +240,28 @@ def test_info_reports_the_solve():
     _, capped, unfinished = run_info(p, cg_tol=1e-4, cg_max_iters=3, **BLOCKS)
     assert capped.max() == 3 and unfinished.max() > 1e-4
     assert make_plan(p).config.cg_max_iters > 3
-    assert BACKEND.bind(make_plan(p))(p.q, p.k, p.v, 0.1, 0.2, False)[1:] == (None, None)
 
 
-def test_a_tile_leaves_the_loop_when_all_its_rows_have_converged(monkeypatch):
-    p = make_problem(seqlen_q=64, ridge=1e3)
+@pytest.mark.parametrize(
+    "dtype, precision, sweeps",
+    [
+        (torch.float32, "accurate", {"coarse_cg_step"}),
+        (torch.bfloat16, "fast", {"coarse_cg_step"}),
+        (torch.bfloat16, "accurate", {"cg_step", "coarse_cg_step"}),
+    ],
+)
+def test_a_tile_leaves_the_loop_when_all_its_rows_have_converged(dtype, precision, sweeps, monkeypatch):
+    """Operands are split where they are two terms, and only while a residual is large."""
+    p = make_problem(seqlen_q=64, ridge=1e3, dtype=dtype)
     turns = []
-    original = interpreter.EagerExecutable._sweep
+    original = interpreter._Run._sweep
     monkeypatch.setattr(
-        interpreter.EagerExecutable,
-        "_sweep",
-        lambda self, sweep, *args: turns.append(sweep.name) or original(self, sweep, *args),
+        interpreter._Run, "_sweep", lambda self, sweep, *args: turns.append(sweep.name) or original(self, sweep, *args)
     )
-    _, iterations, _ = run_info(p, block_q=32, block_k=32, cg_tol=1e-3, cg_max_iters=50)
-    per_tile = iterations.reshape(1, 2, 2, 32).amax((0, 1, 3))
-    assert turns.count("cg_step") == per_tile.sum() < 20
+    _, iterations, _ = run_info(p, precision=precision, block_q=32, block_k=32, cg_tol=1e-3, cg_max_iters=50)
+    turns = [name for name in turns if name not in ("stats", "output")]
+    assert set(turns) == sweeps
+    assert len(turns) == iterations.reshape(1, 2, 2, 32).amax((0, 1, 3)).sum() < 20
 
 
 class LargestTensor(TorchDispatchMode):
@@ -218,25 +277,166 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("schedule", ["fused", "split"])
-def test_no_tensor_grows_with_the_square_of_the_length(schedule):
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_no_tensor_grows_with_the_square_of_the_length(schedule, phase):
     for seqlen in (256, 512):
         p = make_problem(heads=2, seqlen_q=seqlen, head_dim=16, ridge=10.0)
+        grad_out = make_grad_out(p)
         with LargestTensor() as largest:
-            run(p, schedule=schedule, block_q=64, block_k=64, cg_max_iters=2)
+            knobs = dict(schedule=schedule, block_q=64, block_k=64, cg_max_iters=2)
+            run(p, **knobs) if phase == "forward" else run_backward(p, grad_out, **knobs)
         assert largest.elements == max(p.q.numel(), 2 * 64 * 64)
 
 
-def test_gradients_flow_through_autograd():
-    p = make_problem(heads=2, kv_heads=1, seqlen_q=7, seqlen_k=6, head_dim=3, dtype=torch.float64)
-    ridge = torch.full((1, 2, 7), 0.4, dtype=torch.float64)
-    scale = torch.tensor(0.7, dtype=torch.float64)
-    inputs = [x.requires_grad_() for x in (p.q, p.k, p.v, ridge, scale)]
-    executable = BACKEND.bind(make_plan(p, block_q=4, block_k=4))
-    assert torch.autograd.gradcheck(lambda *args: executable(*args, False)[0], inputs, atol=1e-6)
+@pytest.mark.parametrize("fields", SHAPES + PACKED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+def test_gradients_against_the_reference(dtype, precision, fields):
+    ridge, limit = GRADIENT_LIMITS[dtype, precision]
+    p = any_problem(fields, dtype=dtype, ridge=ridge)
+    grad_out = make_grad_out(p)
+    results = run_backward(p, grad_out, precision=precision, **BLOCKS)
+    assert results["dq"].dtype == results["dk"].dtype == results["dv"].dtype == dtype
+    expected = p.reference_gradients(grad_out)
+    for names, allowed in ((("dq", "dk", "dv"), limit), (("dridge", "dscale"), 2 * limit)):
+        assert_gradients_close({name: results[name] for name in names}, expected, allowed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_gradients_with_ridge_per_query_and_scale_as_tensors(dtype):
+    p = make_problem(batch=2, heads=4, kv_heads=2, seqlen_q=40, dtype=dtype)
+    p.ridge = torch.rand(2, 1, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.2
+    grad_out, scale = make_grad_out(p), torch.tensor(0.3, dtype=torch.float64)
+    results = run_backward(p, grad_out, scale=scale, **BLOCKS)
+    assert_gradients_close(results, p.reference_gradients(grad_out, scale), GRADIENT_LIMITS[dtype, "accurate"][1])
+
+
+@pytest.mark.parametrize("fields", SHAPES, ids=str)
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+def test_schedules_give_the_same_gradients_exactly(fields, precision):
+    p = make_problem(dtype=torch.bfloat16, ridge=0.1, **fields)
+    grad_out = make_grad_out(p)
+    knobs = BLOCKS | dict(precision=precision, cg_max_iters=8)
+    split = run_backward(p, grad_out, schedule="split", **knobs)
+    for wanted in (GRADIENTS, ("dq", "dridge", "dscale")):  # with and without the sweep that holds keys
+        fused = run_backward(p, grad_out, schedule="fused", wanted=wanted, **knobs)
+        for name, x in fused.items():
+            assert torch.equal(x, split[name]), name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(heads=4, kv_heads=2, seqlen_q=20, seqlen_k=14, window_size=9, head_dim_v=5),
+        dict(lengths_q=[5, 0, 9, 3], lengths_k=[5, 2, 6, 0], dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_each_subset_of_the_gradients_is_the_same_exactly(fields):
+    p = any_problem(fields, head_dim=8)
+    grad_out, knobs = make_grad_out(p), dict(block_q=8, block_k=6, cg_max_iters=5)
+    everything = run_backward(p, grad_out, wanted=(*GRADIENTS, *INFO), **knobs)
+    for count in range(1, 5):
+        for wanted in itertools.combinations(GRADIENTS, count):
+            results = run_backward(p, grad_out, wanted=wanted, **knobs)
+            assert tuple(results) == wanted
+            for name, x in results.items():
+                assert torch.equal(x, everything[name]), (wanted, name)
+
+
+def test_blocks_change_only_the_rounding_of_gradients():
+    p = make_problem(seqlen_q=50, seqlen_k=71, window_size=30, dtype=torch.float64, ridge=1.0)
+    grad_out = make_grad_out(p)
+    expected = run_backward(p, grad_out, block_q=512, block_k=512)
+    expected["dscale"] = expected["dscale"].sum()
+    for block_q, block_k in ((3, 512), (16, 7), (33, 16)):
+        results = run_backward(p, grad_out, block_q=block_q, block_k=block_k)
+        assert max(gradient_errors(results, expected).values()) < 1e-9
+
+
+def test_gradients_of_many_keys_in_float16():
+    """As in the forward pass; a large ``grad_out`` keeps dk, which is float16 too, in its range."""
+    p = make_problem(seqlen_q=3, seqlen_k=100_162, head_dim=8, dtype=torch.float16, is_causal=False)
+    p.q = torch.zeros_like(p.q)
+    grad_out = 64 * make_grad_out(p)
+    results = run_backward(p, grad_out, precision="fast", wanted=("dq", "dk", "dv", "dridge"))
+    assert_gradients_close(results, p.reference_gradients(grad_out), 5e-3)
+
+
+@pytest.mark.parametrize("precision, limit", [("accurate", 5e-3), ("fast", 3e-2)])
+def test_gradients_of_keys_that_share_an_offset(precision, limit):
+    """dridge = u.s is left out: an offset makes u long, and what u.s loses by cancellation is lost to any solver."""
+    p = make_problem(heads=1, seqlen_q=200, head_dim=64, dtype=torch.float64, ridge=1.0)
+    offset = 4 * torch.randn(64, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    p.q, p.k, p.v = p.q.bfloat16(), (p.k + offset).bfloat16(), p.v.bfloat16()
+    grad_out = make_grad_out(p)
+    results = run_backward(p, grad_out, precision=precision, wanted=("dq", "dk", "dv"), block_q=64, block_k=64)
+    assert_gradients_close(results, p.reference_gradients(grad_out), limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+@pytest.mark.parametrize("keys", ["normal", "equal", "repeated", "large"])
+def test_gradients_at_small_ridges_stay_finite(dtype, precision, keys):
+    p = make_problem(heads=1, seqlen_q=80, head_dim=64, dtype=dtype)
+    if keys == "equal":
+        p.k = p.k[:, :, :1].expand_as(p.k)
+    elif keys == "repeated":
+        p.k = p.k[:, :, :4].repeat(1, 1, 20, 1)
+    elif keys == "large":
+        p.k = p.k * 30
+    for ridge in (0.01, 1e-4):
+        p.ridge = ridge
+        results = run_backward(p, make_grad_out(p), precision=precision, wanted=(*GRADIENTS, *INFO), cg_max_iters=64)
+        for name, x in results.items():
+            assert x.isfinite().all(), name
+
+
+def test_large_ridge_has_the_gradients_of_softmax_attention():
+    p = make_problem(seqlen_q=40, ridge=1e9, dtype=torch.float64)
+    grad_out = make_grad_out(p)
+    qkv = [x.clone().requires_grad_() for x in (p.q, p.k, p.v)]
+    out = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
+    expected = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, qkv, grad_out)))
+    assert_gradients_close(run_backward(p, grad_out, wanted=tuple(expected), **BLOCKS), expected, 1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_does_not_take_part_has_no_gradient(dtype):
+    p = make_problem(seqlen_q=40, seqlen_k=11, dtype=dtype)
+    results = run_backward(p, make_grad_out(p), wanted=(*GRADIENTS, *INFO), **BLOCKS)
+    for name in ("dq", "dridge", "dscale", *INFO):
+        hidden, seen = results[name][:, :, :29], results[name][:, :, 29:]
+        assert hidden.eq(0).all() and seen.ne(0).any(), name
+    p = make_problem(seqlen_q=8, seqlen_k=40, window_size=5, dtype=dtype)
+    results = run_backward(p, make_grad_out(p), **BLOCKS)
+    for name in ("dk", "dv"):
+        assert results[name][:, :, :28].eq(0).all() and results[name][:, :, 28:].ne(0).any(-1).all(), name
+
+
+@pytest.mark.parametrize("fields", [dict(batch=0), dict(seqlen_q=0), dict(seqlen_k=0), dict(batch=0, seqlen_k=0)])
+@pytest.mark.parametrize("schedule", ["fused", "split"])
+def test_gradients_of_empty_tensors(fields, schedule):
+    p = make_problem(head_dim_v=5, **fields)
+    results = run_backward(p, make_grad_out(p), schedule=schedule, wanted=(*GRADIENTS, *INFO))
+    assert [results[name].shape for name in ("dq", "dk", "dv")] == [p.q.shape, p.k.shape, p.v.shape]
+    assert all(x.eq(0).all() for x in results.values())
+
+
+def test_the_adjoint_solve_is_reported():
+    p = make_problem(seqlen_q=60, ridge=0.1)
+    knobs = BLOCKS | dict(cg_tol=1e-4, wanted=("dq", *INFO))
+    results = run_backward(p, make_grad_out(p), **knobs)
+    iterations, residual = results["iterations"], results["final_residual"]
+    assert iterations.dtype == torch.int32 and iterations.shape == residual.shape == (1, 2, 60)
+    assert 0 < residual.max() <= 1e-4 and 1 < iterations.max() < 60
+    capped = run_backward(p, make_grad_out(p), cg_max_iters=3, **knobs)
+    assert capped["iterations"].max() == 3 and capped["final_residual"].max() > 1e-4
 
 
 def test_an_operator_that_the_backend_has_never_seen(monkeypatch):
-    """Sum of p (mean.v - ||mean||^2) v, from two sweeps, with a softmax mean of v: nothing in the backend knows it."""
+    """Sum of p (mean.v - ||mean||^2) v with a softmax mean of v, and for each key the weight that it got from the
+    queries, times them: nothing in the backend knows it."""
     mean = Sweep(
         name="mean",
         softmax="online",
@@ -254,14 +454,33 @@ def test_an_operator_that_the_backend_has_never_seen(monkeypatch):
         scores=(Score("s", "q", "k"), Score("a", "mean", "v", center="square")),
         accumulators=(Accumulator("out", P * tile("a"), "v"),),
     )
-    spreads = SweepList("spreads", (mean, spread), ("q",), ("k", "v"), (), (), ("out",), ())
+    received = Sweep(
+        name="received",
+        softmax="saved",
+        holds="keys",
+        scores=(Score("s", "q", "k"),),
+        accumulators=(Accumulator("received", P, "q"), Accumulator("received", P * row("square"), "q")),
+    )
+    spreads = SweepList(
+        name="spreads",
+        stages=(mean, spread, received),
+        row_inputs=("q",),
+        col_inputs=("k", "v"),
+        scalars=(),
+        row_scalars=(),
+        outputs={"out": "input", "received": "input"},
+        ordinary=("out",),
+        value_wide=frozenset({"v", "out"}),
+    )
     monkeypatch.setattr(interpreter, "lower", lambda op, phase: spreads)
-    p = make_problem(seqlen_q=40, dtype=torch.float64)
+    p = make_problem(seqlen_q=40, dtype=torch.float64, head_dim_v=9)
     hidden = torch.ones(40, 40, dtype=torch.bool).triu(1)
     weights = torch.softmax((p.q @ p.k.mT * 32**-0.5).masked_fill(hidden, -torch.inf), -1)
     means = weights @ p.v
-    a = means @ p.v.mT - (means * means).sum(-1, keepdim=True)
-    assert_close(run(p, **BLOCKS), (weights * a) @ p.v, 1e-12)
+    squares = (means * means).sum(-1, keepdim=True)
+    results = run_forward(p, ("received", "out"), **BLOCKS)
+    assert_close(results["out"], (weights * (means @ p.v.mT - squares)) @ p.v, 1e-12)
+    assert_close(results["received"], weights.mT @ (p.q * (1 + squares)), 1e-12)
 
 
 def config(**knobs) -> KernelConfig:

@@ -153,7 +153,7 @@ def test_plan_explains_itself():
     assert lines["device"] == "NVIDIA H200 (nvidia-h200)"
     assert lines["backend"] == "triton, schedule split"
     assert lines["tile"] == "block_q 128, block_k 64"
-    assert lines["CG"] == "until ||r|| <= 0.001 ||r_0||, at most 7 iterations"
+    assert lines["CG"] == "until ||r|| <= 0.001 ||r_0||, at most 7 iterations, operands split until 0.1 ||r_0||"
     assert lines["source"] == "tuned for this device, another bucket, 1.5 octaves away"
     assert lines["reason"] == "found"
     assert "stats 2, cg_step 3 (each CG iteration), output 3" in lines["sweeps"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lla_compile.precision import FLOAT16_MAX, error_limit, round_operand, split_terms, weight_shift
+from lla_compile.precision import FLOAT16_MAX, error_limit, round_operand, split_terms, split_tol, weight_shift
 
 
 @pytest.mark.parametrize("dtype, bits", [("bfloat16", 8), ("float16", 11)])
@@ -45,6 +45,8 @@ def test_weight_shift_keeps_small_weights_normal():
 def test_terms():
     assert split_terms("bfloat16", "accurate") == split_terms("float16", "accurate") == 2
     assert split_terms("bfloat16", "fast") == split_terms("float32", "accurate") == 1
+    assert split_tol("bfloat16", "accurate") == 0.1
+    assert split_tol("bfloat16", "fast") == split_tol("float32", "accurate") == 0
 
 
 def test_error_limits():
@@ -54,3 +56,6 @@ def test_error_limits():
     assert error_limit("bfloat16", "fast", 0.5) == 2.7e-2
     assert error_limit("bfloat16", "fast", 0.01) == math.inf
     assert error_limit("float32", "accurate", 0.1) == 1e-5
+    assert error_limit("bfloat16", "accurate", 0.1, "backward") == 5e-3
+    assert error_limit("float16", "fast", 1.0, "backward") == 3e-2
+    assert error_limit("bfloat16", "accurate", 0.01, "backward") == math.inf
