@@ -214,6 +214,15 @@ def test_nothing_of_the_size_of_the_scores_is_saved():
     assert large - 1 == 2 * (small - 1)
 
 
+def test_what_the_backward_pass_needs_must_not_be_overwritten():
+    x = leaves()
+    v = x["v"] * 1
+    out = attend(x | {"v": v})
+    v.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_gradients_of_gradients_are_refused():
     x = leaves()
     (dq,) = torch.autograd.grad(attend(x).pow(2).sum(), x["q"], create_graph=True)

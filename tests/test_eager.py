@@ -302,6 +302,19 @@ def test_gradients_against_the_reference(dtype, precision, fields):
         assert_gradients_close({name: results[name] for name in names}, expected, allowed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ridge", [1.0, 0.1, 0.01])
+def test_error_limits_of_gradients(dtype, ridge):
+    p = make_problem(heads=1, seqlen_q=128, head_dim=64, dtype=dtype, ridge=ridge)
+    grad_out = make_grad_out(p)
+    expected = p.reference_gradients(grad_out)
+    for precision in ("fast", "accurate"):
+        limit = error_limit(str(dtype).removeprefix("torch."), precision, ridge, "backward")
+        results = run_backward(p, grad_out, precision=precision)
+        assert all(x.isfinite().all() for x in results.values())
+        assert_gradients_close(results, expected, limit)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_gradients_with_ridge_per_query_and_scale_as_tensors(dtype):
     p = make_problem(batch=2, heads=4, kv_heads=2, seqlen_q=40, dtype=dtype)
