@@ -260,6 +260,11 @@ class SweepList:
         return self.given_wide | {a.name for a in assigns if a.value.op == "wide_dot"}
 
     @cached_property
+    def refines(self) -> bool:
+        """Whether a coarse loop goes on where another has stopped; it does all where operands are one term anyway."""
+        return any(isinstance(stage, Loop) and stage.coarse for stage in self.stages)
+
+    @cached_property
     def key_outputs(self) -> frozenset[str]:
         """The outputs with a row for every key instead of every query."""
         held = frozenset().union(*(s.sums() for s in self.sweeps if s.holds == "keys"))

@@ -129,8 +129,8 @@ class _Run:
                     self._sweep(stage, tile)
 
     def _loop(self, loop: Loop, tile: _Tile) -> None:
-        if self.terms == 1 and not loop.coarse:
-            return  # the coarse loop does the same
+        if self.terms == 1 and self.program.refines and not loop.coarse:
+            return
         terms, self.terms = self.terms, 1 if loop.coarse else self.terms
         self._assign(loop.entry, tile.values)
         while tile.is_active(loop.active):

@@ -258,14 +258,15 @@ class Launcher:
             own = config_of(kernel, config)
             values = constants(spec, own, device, **kinds)
             launch = _with_constants(runner[self._grid(kernel, own)], [values[name] for name in CONSTEXPRS])
-            launches += [launch] * self._turns(kernel, values["TERMS"])
+            launches += [launch] * self._turns(kernel, module.program.refines, values["TERMS"])
         return launches
 
-    def _turns(self, kernel: Kernel, terms: int) -> int:
+    def _turns(self, kernel: Kernel, refines: bool, terms: int) -> int:
         """How often a kernel is launched: a loop at most as often as it can turn, and not if the coarse one does all."""
         if kernel.loop is None:
             return 1
-        return self._plan.cg_max_iters if kernel.loop.coarse or terms == 2 else 0
+        left_out = refines and terms == 1 and not kernel.loop.coarse
+        return 0 if left_out else self._plan.cg_max_iters
 
     def _grid(self, kernel: Kernel, config: KernelConfig) -> tuple[int, int, int]:
         spec = self._spec

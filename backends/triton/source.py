@@ -277,10 +277,11 @@ start, full_start, full_stop, stop = key_segments(
                 self._store(name)
 
     def _loop(self, loop: Loop) -> None:
-        """A loop among other stages of one launch. Where operands are one term, the coarse loop does it all."""
+        """A loop among other stages of one launch."""
         out = self.out
+        only_with_terms = self.program.refines and not loop.coarse
         self._load(loop.reads())
-        if not loop.coarse:
+        if only_with_terms:
             out.open("if TERMS == 2:")
         self._enter(loop)
         # A flag that is carried along: Triton 3.6's layout pass fails on two loops with a reduction as condition.
@@ -289,7 +290,7 @@ start, full_start, full_stop, stop = key_segments(
         self._sweep(loop.sweep)
         out.add(f"going = tl.max({loop.active}, axis=0) > 0")
         out.close()
-        if not loop.coarse:
+        if only_with_terms:
             out.close()
         self.sweeps.term_count = "TERMS"
 
@@ -313,7 +314,7 @@ start, full_start, full_stop, stop = key_segments(
     def _sweep(self, sweep: Sweep) -> None:
         self._load(sweep.stream_reads())
         self.sweeps.assign(sweep.prologue)
-        if sweep.accumulators:
+        if sweep.streams:
             self.sweeps.stream_keys(sweep)
         self._load(sweep.reads())
         self.sweeps.assign(sweep.epilogue)
