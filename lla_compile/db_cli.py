@@ -10,11 +10,11 @@ from typing import Iterator
 
 from lla_compile.devices import DeviceInfo, identify_properties, known_devices, resolve
 from lla_compile.key import TuningKey
-from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuning_db import store, yaml_format
 from lla_compile.tuning_db.document import DeviceHeader, Document
 from lla_compile.tuning_db.entry import Entry
+from lla_compile.tuning_db.short import short
 
 _KEY_FIELDS = tuple(f.name for f in fields(TuningKey))
 _SHOWN = (
@@ -156,22 +156,13 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         entry.key.describe(),
         str(entry.tuned.seqlen),
         str(entry.tuned.batch_heads),
-        _short(entry.config),
+        short(entry.config),
         number("median_ms", ".4g"),
         number("default_ms", ".4g"),
         number("error", ".1e"),
         entry.date[:10],
         entry.provenance,
     )
-
-
-def _short(config: KernelConfig) -> str:
-    """A plan in a few words, e.g. "triton fused 64x64, 4 warps, 2 stages, 32 CG"."""
-    parts = [f"{config.backend} {config.schedule} {config.block_q}x{config.block_k}"]
-    for count, unit in ((config.num_warps, "warps"), (config.num_stages, "stages"), (config.cg_max_iters, "CG")):
-        if count is not None:
-            parts.append(f"{count} {unit}")
-    return ", ".join(parts)
 
 
 def _problems(path: Path) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What a trial is measured with: inputs, held-out errors, times, database entries."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,41 +9,49 @@ from tune_landscape import SPEC, problem
 
 from lla_compile.key import Bucket, bucket_of_spec
 from lla_compile.precision import error_limit
+from lla_compile.tuner.held_out import held_out
 from lla_compile.tuner.presets import PRESETS
-from lla_compile.tuner.problem import held_out, normal_inputs
+from lla_compile.tuner.problem import normal_tensors
 from lla_compile.tuner.timing import CpuTimer, Timing, interleaved
 from lla_compile.tuner.writer import out_file, validity
 
 LONG = replace(SPEC, dtype="bfloat16", num_heads=8, num_kv_heads=8, seqlen_q=4096, seqlen_k=4096, head_dim_v=16)
 
 
+def no_forward(spec):
+    raise AssertionError("the forward phase is complete in itself")
+
+
 def test_inputs_are_the_same_in_every_run_and_held_out_ones_differ():
     cpu = torch.device("cpu")
-    first, again, other = (normal_inputs(SPEC, cpu, purpose) for purpose in ("timed", "timed", "held out"))
-    assert all(torch.equal(x, y) for x, y in zip(first, again))
-    assert not torch.equal(first[0], other[0])
-    assert abs(first[0].std().item() - 1) < 0.2
+    first, again, other = (normal_tensors(SPEC, cpu, purpose) for purpose in ("timed", "timed", "held out"))
+    assert first.keys() == {"q", "k", "v"} and all(torch.equal(x, again[name]) for name, x in first.items())
+    assert not torch.equal(first["q"], other["q"])
+    assert abs(first["q"].std().item() - 1) < 0.2
 
 
 def test_held_out_inputs_are_small_and_ragged_but_of_the_keys_own_kind():
-    cases = held_out(problem(LONG), seqlen=1024, heads=4, ridges=(1.0, 0.1))
+    cases = held_out(problem(LONG), no_forward, seqlen=1024, heads=4)
     assert [case.spec.seqlen_q for case in cases] == [1024, 999]
     for case in cases:
-        kept = ("dtype", "head_dim", "head_dim_v", "precision", "is_causal", "cg_tol")
+        kept = ("dtype", "head_dim", "head_dim_v", "precision", "is_causal", "cg_tol", "phase")
         assert all(getattr(case.spec, name) == getattr(LONG, name) for name in kept)
         assert case.spec.batch_heads == 4 and case.spec.seqlen_k == case.spec.seqlen_q
-        assert [x.dtype for x in case.inputs] == [torch.bfloat16] * 3
+        inputs = case.inputs(0.1)
+        assert [inputs[name].dtype for name in "qkv"] == [torch.bfloat16] * 3 and inputs["ridge"] == 0.1
         assert case.limit(0.1) == error_limit("bfloat16", "accurate", 0.1)
-    assert [c.spec.seqlen_q for c in held_out(problem(SPEC), 1024, 4, (1.0,))] == [48, 23]
+    assert [c.spec.seqlen_q for c in held_out(problem(SPEC), no_forward, 1024, 4)] == [48, 25]
+    assert [c.spec.seqlen_q for c in held_out(problem(SPEC), no_forward, 1, 1)] == [1]
 
 
 def test_the_error_is_relative_to_the_reference_and_nan_stays_nan():
-    case = held_out(problem(), seqlen=40, heads=1, ridges=(1.0, 0.1))[0]
-    for ridge, reference in case.references.items():
-        assert case.error(reference, ridge) == 0
-        assert case.error(1.01 * reference, ridge) == pytest.approx(0.01)
-        assert torch.isnan(torch.tensor(case.error(reference * float("nan"), ridge)))
-    assert not torch.equal(case.references[1.0], case.references[0.1])
+    case = held_out(problem(), no_forward, seqlen=40, heads=1)[0]
+    for ridge in (1.0, 0.1):
+        out = case.reference(ridge)["out"]
+        assert case.errors({"out": out}, ridge) == {"out": 0}
+        assert case.worst({"out": 1.01 * out}, ridge) == ("out", pytest.approx(0.01))
+        assert math.isnan(case.worst({"out": out * float("nan")}, ridge)[1])
+    assert not torch.equal(case.reference(1.0)["out"], case.reference(0.1)["out"])
 
 
 def test_timing_is_the_median_and_the_relative_interquartile_range():

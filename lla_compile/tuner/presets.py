@@ -37,7 +37,7 @@ class Preset:
     precisions: tuple[str, ...]
     trials: int
     timeout_s: float
-    compile_timeout_s: float = 60.0
+    compile_timeout_s: float = 180.0
     run_timeout_s: float = 20.0
     timing_ms: float = 100.0
     repeats: tuple[int, int] = (5, 50)

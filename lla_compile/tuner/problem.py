@@ -1,20 +1,22 @@
-"""The inputs of a key: those that are timed, and the held-out ones whose error against float64 is checked."""
+"""What is tuned, and inputs for it: complete for the phase, and the same in every run."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Callable
 
 import torch
+from torch import Tensor
 
+from lla_compile.backends import Executable
 from lla_compile.devices import DeviceInfo
-from lla_compile.precision import error_limit
-from lla_compile.reference import lla_reference
+from lla_compile.lowering import SAVED, lower
 from lla_compile.spec import LLASpec
 
-# Taken off the length of the held-out inputs to leave ragged tiles behind: 1024 becomes the odd 999.
-_RAGGED = 25
+# Binds the forward pass that a backward pass belongs to.
+BindForward = Callable[[LLASpec], Executable]
 
 
 @dataclass(frozen=True)
@@ -31,65 +33,65 @@ class Problem:
     device: DeviceInfo
     torch_device: torch.device
 
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return normal_inputs(self.spec, self.torch_device, "timed")
-
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Inputs that no trial is timed on, with the float64 reference of their output."""
+class Case:
+    """Inputs of one spec; in phase "backward" with what the forward pass has saved, computed once for each ridge.
+
+    Attributes:
+        spec: what they are inputs of.
+        torch_device: where they are.
+        purpose: sets them apart from others of the same spec.
+        bind_forward: where saved state comes from.
+    """
 
     spec: LLASpec
     torch_device: torch.device
-    ridges: tuple[float, ...]
+    purpose: str
+    bind_forward: BindForward
+
+    @property
+    def ordinary(self) -> tuple[str, ...]:
+        """The outputs of an ordinary call."""
+        return lower(self.spec.op, self.spec.phase).ordinary
+
+    def inputs(self, ridge: float) -> dict[str, Tensor | float]:
+        """All that an executable of the spec reads, by name."""
+        inputs = self._tensors | {"ridge": ridge, "scale": self.spec.head_dim**-0.5}
+        if self.spec.phase == "forward":
+            return inputs
+        if ridge not in self._saved:
+            # Solved to the tolerance of its own phase, as in a call that names none.
+            forward = self.bind_forward(replace(self.spec, phase="forward", cg_tol=None))
+            results = forward({name: x for name, x in inputs.items() if name != "grad_out"}, ("out", *SAVED))
+            self._saved[ridge] = {name: results[name] for name in SAVED}
+        return inputs | self._saved[ridge]
 
     @cached_property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return normal_inputs(self.spec, self.torch_device, "held out")
+    def _tensors(self) -> dict[str, Tensor]:
+        return normal_tensors(self.spec, self.torch_device, self.purpose)
 
     @cached_property
-    def references(self) -> dict[float, torch.Tensor]:
-        scale = self.spec.head_dim**-0.5
-        return {
-            ridge: lla_reference(
-                *self.inputs, ridge, scale=scale, is_causal=self.spec.is_causal, window_size=self.spec.window_size
-            )
-            for ridge in self.ridges
-        }
-
-    def limit(self, ridge: float) -> float:
-        return error_limit(self.spec.dtype, self.spec.precision, ridge)
-
-    def error(self, output: torch.Tensor, ridge: float) -> float:
-        """||output - reference|| / ||reference||; NaN where the output has one."""
-        reference = self.references[ridge]
-        return ((output.double() - reference).norm() / reference.norm()).item()
+    def _saved(self) -> dict[float, dict[str, Tensor]]:
+        return {}
 
 
-def held_out(problem: Problem, seqlen: int, heads: int, ridges: tuple[float, ...]) -> tuple[HeldOut, ...]:
-    """Held-out inputs of the key's own types and widths: one of at most ``seqlen`` keys, one shorter and ragged."""
-    seqlen = min(seqlen, problem.spec.seqlen_k)
-    heads = min(heads, problem.spec.batch_heads)
-    lengths = {seqlen, max(1, seqlen - _RAGGED)}
-    specs = (
-        replace(problem.spec, batch=1, num_heads=heads, num_kv_heads=heads, seqlen_q=length, seqlen_k=length)
-        for length in sorted(lengths, reverse=True)
-    )
-    return tuple(HeldOut(spec, problem.torch_device, ridges) for spec in specs)
+def normal_tensors(spec: LLASpec, device: torch.device, purpose: str) -> dict[str, Tensor]:
+    """Query, key, value and in phase "backward" the gradient of the output, by name.
 
-
-def normal_inputs(spec: LLASpec, device: torch.device, purpose: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Query, key and value of a spec: standard normal, the same in every run for the same spec and purpose."""
+    Standard normal, and the same in every run for the same spec and purpose.
+    """
     digest = hashlib.sha256(f"{purpose}: {spec.describe()}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
     dtype = getattr(torch, spec.dtype)
-
-    def normal(heads: int, length: int, width: int) -> torch.Tensor:
-        shape = (spec.batch, heads, length, width)
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
-
-    return (
-        normal(spec.num_heads, spec.seqlen_q, spec.head_dim),
-        normal(spec.num_kv_heads, spec.seqlen_k, spec.head_dim),
-        normal(spec.num_kv_heads, spec.seqlen_k, spec.head_dim_v),
-    )
+    shapes = {
+        "q": (spec.num_heads, spec.seqlen_q, spec.head_dim),
+        "k": (spec.num_kv_heads, spec.seqlen_k, spec.head_dim),
+        "v": (spec.num_kv_heads, spec.seqlen_k, spec.head_dim_v),
+    }
+    if spec.phase == "backward":
+        shapes["grad_out"] = (spec.num_heads, spec.seqlen_q, spec.head_dim_v)
+    return {
+        name: torch.randn((spec.batch, *shape), generator=generator, device=device, dtype=torch.float32).to(dtype)
+        for name, shape in shapes.items()
+    }

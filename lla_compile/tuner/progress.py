@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lla_compile.key import key_of
-from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.session import KeyResult
 from lla_compile.tuner.study import Record
+from lla_compile.tuning_db.short import short
 
 # Wide enough for a table row where there is no terminal to ask.
 _PLAIN_WIDTH = 160
@@ -106,16 +106,6 @@ def print_results(console: Console, results: Sequence[KeyResult], path: Path) ->
 def describe(spec: LLASpec) -> str:
     """A key and its sizes in one line."""
     return f"{key_of(spec).describe()}, N {spec.seqlen_k}, B*H {spec.batch_heads}"
-
-
-def short(config: KernelConfig) -> str:
-    """A configuration in few characters: backend, schedule, tile, then the other knobs."""
-    text = f"{config.backend} {config.schedule} {config.block_q}x{config.block_k}"
-    if config.num_warps is not None:
-        text += f", {config.num_warps} warps"
-    if config.num_stages is not None:
-        text += f", {config.num_stages} stages"
-    return f"{text}, {config.cg_max_iters} CG"
 
 
 def _row(result: KeyResult) -> tuple[str, ...]:

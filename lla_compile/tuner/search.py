@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import random
+import itertools
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from lla_compile.plans import KernelConfig
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import FAILURES, DeviceLost, Kind, Outcome
 from lla_compile.tuner.space import SearchSpace
-from lla_compile.tuner.study import Decision, Proposal, Record, TuningStudy, retimed
+from lla_compile.tuner.study import STARTUP_TRIALS, Decision, Proposal, Record, TuningStudy, retimed
 from lla_compile.tuner.timing import Timing
 
 # Proposals in a row that turn out infeasible or known, after which an untried configuration is taken at random.
-_PATIENCE = 20
+_PATIENCE = 5
 
 
 class Evaluate(Protocol):
@@ -25,6 +25,9 @@ class Evaluate(Protocol):
 
     def __call__(self, config: KernelConfig) -> Outcome:
         """Check and time one configuration."""
+
+    def verify(self, config: KernelConfig) -> Outcome | None:
+        """Check what a trial does not; None if there is nothing."""
 
     def retime(self, configs: list[KernelConfig]) -> list[Timing]:
         """Time configurations again, in turns."""
@@ -100,6 +103,7 @@ class Search:
         self._interruption = interruption or Interruption()
         self._in_flight: deque[Proposal] = deque()
         self._free_in_a_row = 0
+        self._untried = space.shuffled(study.seed)
         self._exhausted = False
         self._records: list[Record] = []
         self._known: dict[KernelConfig, Outcome] = {}
@@ -113,15 +117,15 @@ class Search:
         """Search until the budget is spent, then decide; None if no configuration is correct.
 
         Args:
-            enqueue: tried right after the heuristic default when the study is new.
+            enqueue: tried right after the heuristic default, and before the first random ones, when the study is new.
 
         Raises:
             DeviceLost, KeyboardInterrupt: finished trials are recorded, those in flight are failed.
         """
         self._study.fail_stale()
         if self._study.is_new:
-            default = self._space.default()
-            self._study.enqueue(dict.fromkeys([default, *enqueue]))
+            at_random = itertools.islice(self._untried, STARTUP_TRIALS)
+            self._study.enqueue(dict.fromkeys([self._space.default(), *enqueue, *at_random]))
         elif (decision := self._study.decision()) and decision.trials >= self._budget.trials:
             return decision  # nothing is left to do, and timing again could swap two equals
         try:
@@ -154,7 +158,7 @@ class Search:
                 self._enqueue_untried()
                 if self._exhausted:
                     return
-            proposal = self._study.ask()
+            proposal = self._study.ask(self._is_worth_trying)
             config = proposal.config
             if (known := self._known.get(config)) is not None:
                 self._finish(proposal, known, free=True)
@@ -182,10 +186,16 @@ class Search:
 
     def _enqueue_untried(self) -> None:
         taken = self._known.keys() | {proposal.config for proposal in self._in_flight}
-        untried = [config for config in self._space.feasible() if config not in taken]
-        self._exhausted = not untried
-        if untried:
-            self._study.enqueue([random.Random(len(self._records)).choice(untried)])
+        config = next((config for config in self._untried if config not in taken), None)
+        self._exhausted = config is None
+        if config is not None:
+            self._study.enqueue([config])
+
+    def _is_worth_trying(self, config: KernelConfig) -> bool:
+        """Whether it is feasible, and neither known nor about to be."""
+        if config in self._known or any(config == other.config for other in self._in_flight):
+            return False
+        return self._space.infeasible(config) is None
 
     def _wanted(self) -> bool:
         return evaluated(self._records) + len(self._in_flight) < self._budget.trials and not self._exhausted
@@ -207,10 +217,14 @@ class Search:
         finalists = list(dict.fromkeys([r.config for r in best] + ([default] if measured else [])))
         with self._interruption.prompt():
             timings = dict(zip(finalists, self._evaluate.retime(finalists)))
-        winner = min(finalists, key=lambda config: timings[config].median_ms)
+            winner = min(finalists, key=lambda config: timings[config].median_ms)
+            verified = self._evaluate.verify(winner) or self._known[winner]
+        if not verified.ok:
+            self._study.refute(winner, verified)
+            return self._decide()
         decision = Decision(
             winner,
-            retimed(self._known[winner], timings[winner]),
+            retimed(verified, timings[winner]),
             timings[default].median_ms if measured else None,
             evaluated(self._records),
             datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
+import math
+import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Collection, Iterator, Mapping, Sequence
 
 from lla_compile import backends
 from lla_compile.backends import Backend
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import optuna
 
 Knobs = Mapping[str, tuple]
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -55,22 +57,39 @@ class SearchSpace:
     def contains(self, config: KernelConfig) -> bool:
         """Whether :meth:`suggest` can come up with ``config``."""
         knobs = self.knobs.get(config.backend, {})
-        return config.as_dict().keys() - {"backend"} == knobs.keys() and all(
-            getattr(config, knob) in values for knob, values in knobs.items()
-        )
+        unknown = config.as_dict().keys() - {"backend"} - knobs.keys()
+        return not unknown and all(getattr(config, knob) in values for knob, values in knobs.items())
 
     def parameters(self, config: KernelConfig) -> dict:
         """The study's parameters that :meth:`suggest` turns into ``config``."""
         knobs = {f"{config.backend}.{knob}": getattr(config, knob) for knob in self.knobs[config.backend]}
         return {"backend": config.backend} | knobs
 
-    def feasible(self) -> Iterator[KernelConfig]:
-        """Every configuration that breaks no limit."""
+    def config(self, parameters: Mapping) -> KernelConfig | None:
+        """Inverse of :meth:`parameters`; what has a single value may be left out, None if anything else is."""
+        name = parameters.get("backend", _only(self.knobs))
+        knobs = {knob: parameters.get(f"{name}.{knob}", _only(x)) for knob, x in self.knobs.get(name, {}).items()}
+        return None if _MISSING in (name, *knobs.values()) else KernelConfig(backend=name, **knobs)
+
+    def shuffled(self, seed: int) -> Iterator[KernelConfig]:
+        """Every configuration that breaks no limit, one by one in random order: none is looked at before its turn."""
+        sizes = {name: math.prod(map(len, knobs.values())) for name, knobs in self.knobs.items()}
+        for index in _permutation(sum(sizes.values()), random.Random(seed)):
+            config = self._at(index, sizes)
+            if self.infeasible(config) is None:
+                yield config
+
+    def _at(self, index: int, sizes: Mapping[str, int]) -> KernelConfig:
+        """The configuration at ``index`` of all, backend by backend."""
         for name, knobs in self.knobs.items():
-            for values in itertools.product(*knobs.values()):
-                config = KernelConfig(backend=name, **dict(zip(knobs, values)))
-                if self.infeasible(config) is None:
-                    yield config
+            if index < sizes[name]:
+                break
+            index -= sizes[name]
+        chosen = {}
+        for knob, values in knobs.items():
+            index, place = divmod(index, len(values))
+            chosen[knob] = values[place]
+        return KernelConfig(backend=name, **chosen)
 
     def digest(self, toolchain: Mapping) -> str:
         """Hash of all that makes earlier trials comparable: kernel sources, knobs and toolchain."""
@@ -112,6 +131,11 @@ def usable_backends(spec: LLASpec, device: DeviceInfo, requested: Sequence[str] 
     return usable
 
 
+def _only(values: Collection):
+    """The single one of ``values``, if there is no other."""
+    return next(iter(values)) if len(values) == 1 else _MISSING
+
+
 def _with_default(backend: Backend, spec: LLASpec, device: DeviceInfo) -> Knobs:
     default = backend.default_config(spec, device)
     space = backend.search_space(spec, device)
@@ -119,3 +143,12 @@ def _with_default(backend: Backend, spec: LLASpec, device: DeviceInfo) -> Knobs:
         knob: tuple(values) if getattr(default, knob) in values else (*values, getattr(default, knob))
         for knob, values in space.items()
     }
+
+
+def _permutation(count: int, generator: random.Random) -> Iterator[int]:
+    """The numbers below ``count`` in random order, in time and memory of as many as are taken."""
+    moved: dict[int, int] = {}
+    for last in range(count - 1, -1, -1):
+        place = generator.randint(0, last)
+        yield moved.get(place, place)
+        moved[place] = moved.pop(last, last)

@@ -7,8 +7,8 @@ import datetime
 import os
 import socket
 import warnings
-from dataclasses import dataclass
-from typing import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Callable, Iterator, Sequence
 
 import optuna
 from optuna.trial import TrialState
@@ -18,13 +18,18 @@ from lla_compile.tuner.outcome import Outcome
 from lla_compile.tuner.space import SearchSpace
 from lla_compile.tuner.timing import Timing
 
-_CONFIG, _OUTCOME, _FREE, _OWNER, _DECISION = "config", "outcome", "free", "owner", "decision"
+# Attributes of a trial, and of the study.
+_CONFIG, _OUTCOME, _FREE, _OWNER = "config", "outcome", "free", "owner"
+_REFUTED, _DECISION = "refuted", "decision"
 
 # A running trial of another machine is taken for abandoned after this long; none takes as much.
 _STALE_AFTER = datetime.timedelta(hours=1)
 
-# Random proposals before TPE has enough to model.
-_STARTUP_TRIALS = 10
+# Random configurations before TPE has enough to model.
+STARTUP_TRIALS = 10
+
+# Draws for one proposal.
+_DRAWS = 10
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class TuningStudy:
     def __init__(self, storage: optuna.storages.BaseStorage, name: str, space: SearchSpace, seed: int):
         self.name = name
         self._space = space
-        self._seed = seed
+        self.seed = seed
         self._study = optuna.create_study(
             storage=storage, study_name=name, direction="minimize", load_if_exists=True, sampler=_sampler(seed)
         )
@@ -96,10 +101,18 @@ class TuningStudy:
     def records(self) -> list[Record]:
         """Finished trials in order; those that were interrupted are left out."""
         states = (TrialState.COMPLETE, TrialState.PRUNED)
-        return [
+        records = [
             Record(t.number, _config(t), Outcome.from_dict(t.user_attrs[_OUTCOME]), t.user_attrs[_FREE])
             for t in self._study.get_trials(deepcopy=False, states=states)
         ]
+        kept = self._study.user_attrs.get(_REFUTED, ())
+        refuted = {KernelConfig.from_dict(config): Outcome.from_dict(outcome) for config, outcome in kept}
+        return [replace(record, outcome=refuted.get(record.config, record.outcome)) for record in records]
+
+    def refute(self, config: KernelConfig, outcome: Outcome) -> None:
+        """Put the outcome of a later check into the place of that of a configuration's trial."""
+        refuted = self._study.user_attrs.get(_REFUTED, [])
+        self._study.set_user_attr(_REFUTED, [*refuted, [config.as_dict(), outcome.as_dict()]])
 
     def enqueue(self, configs: Sequence[KernelConfig]) -> None:
         """Propose these next, as far as they lie in the space."""
@@ -107,10 +120,16 @@ class TuningStudy:
             if self._space.contains(config):
                 self._study.enqueue_trial(self._space.parameters(config))
 
-    def ask(self) -> Proposal:
+    def ask(self, accept: Callable[[KernelConfig], bool] = lambda config: True) -> Proposal:
+        """The next proposal: what was enqueued, else one that ``accept`` takes if a few draws find any."""
+
+        def is_accepted(drawn: dict) -> bool:
+            config = self._space.config(drawn)
+            return config is None or accept(config)
+
         # A sampler for each trial, seeded by its number, makes a resumed search go on as if never interrupted.
         number = len(self._study.get_trials(deepcopy=False))
-        self._study.sampler = _sampler(self._seed * 1_000_003 + number)
+        self._study.sampler = _sampler(self.seed * 1_000_003 + number, is_accepted)
         trial = self._study.ask()
         trial.set_user_attr(_OWNER, [socket.gethostname(), os.getpid()])
         return Proposal(trial, self._space.suggest(trial))
@@ -190,10 +209,26 @@ def quiet_optuna() -> Iterator[None]:
             optuna.logging.set_verbosity(verbosity)
 
 
-def _sampler(seed: int) -> optuna.samplers.TPESampler:
-    return optuna.samplers.TPESampler(
+class _ChoosySampler(optuna.samplers.TPESampler):
+    """TPE that draws again what is not accepted: a proposal that leads to nothing costs ten times as much as a draw."""
+
+    def __init__(self, accept: Callable[[dict], bool], **options):
+        super().__init__(**options)
+        self._accept = accept
+
+    def sample_relative(self, study, trial, search_space) -> dict:
+        for _ in range(_DRAWS):
+            drawn = super().sample_relative(study, trial, search_space)
+            if not drawn or self._accept(drawn):
+                break
+        return drawn
+
+
+def _sampler(seed: int, accept: Callable[[dict], bool] = lambda drawn: True) -> optuna.samplers.TPESampler:
+    return _ChoosySampler(
+        accept,
         seed=seed % 2**32,
-        n_startup_trials=_STARTUP_TRIALS,
+        n_startup_trials=STARTUP_TRIALS,
         multivariate=True,
         group=True,  # the knobs of one backend are modelled together, those of different backends apart
         constant_liar=True,  # proposals are made while earlier ones still compile

@@ -1,0 +1,23 @@
+"""A plan in a few words, for tables and lines of progress."""
+
+from __future__ import annotations
+
+from lla_compile.plans import KernelConfig
+
+
+def short(config: KernelConfig) -> str:
+    """Backend, schedule, tile and the other knobs; after a semicolon the tile of the sweep that holds keys, if its own.
+
+    "triton fused 64x64, 4 warps, 3 stages, 32 CG; kv 32x64, 8 warps, 2 stages"
+    """
+    text = f"{config.backend} {config.schedule} {_tile(config)}, {config.cg_max_iters} CG"
+    kv = config.holding_keys
+    return text if kv == config else f"{text}; kv {_tile(kv)}"
+
+
+def _tile(config: KernelConfig) -> str:
+    parts = [f"{config.block_q}x{config.block_k}"]
+    for count, unit in ((config.num_warps, "warps"), (config.num_stages, "stages")):
+        if count is not None:
+            parts.append(f"{count} {unit}")
+    return ", ".join(parts)
