@@ -65,7 +65,8 @@ def both_passes(spec: LLASpec, target: Target, inputs: Mapping, grad_out: Tensor
     inputs = {"scale": spec.head_dim**-0.5, **inputs}
     forward = _bind(spec, target)(inputs, TRAINED)
     saved = {name: forward[name] for name in SAVED}
-    backward = _bind(replace(spec, phase="backward", cg_tol=None), target)(inputs | saved | {"grad_out": grad_out}, (*GRADIENTS, *INFO))
+    adjoint = replace(spec, phase="backward", cg_tol=None)  # its own default tolerance
+    backward = _bind(adjoint, target)(inputs | saved | {"grad_out": grad_out}, (*GRADIENTS, *INFO))
     return dict(backward) | {
         "forward_iterations": forward["iterations"],
         "forward_residual": forward["final_residual"],

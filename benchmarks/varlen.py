@@ -1,4 +1,4 @@
-"""Packed sequences of random lengths beside a dense batch of equal ones with about as many visible pairs: time a pair."""
+"""Time of a visible pair in packed sequences of random lengths, beside a dense batch with about as many pairs."""
 
 from __future__ import annotations
 
