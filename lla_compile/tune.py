@@ -1,6 +1,7 @@
 """The tuner's command line: ``python -m lla_compile.tune``.
 
     python -m lla_compile.tune --quick
+    python -m lla_compile.tune --gpu auto --phase backward --head-dim 128 --seqlen 4096
     python -m lla_compile.tune --gpu h200 --dtype bfloat16 --head-dim 64 128 --seqlen 4096 --trials 100
 """
 

@@ -59,6 +59,16 @@ def test_show(capsys):
         assert "fused 128x64" in out and "fused 64x64" not in out
 
 
+def test_a_backward_plan_is_shown_with_its_second_tile_and_verified(capsys):
+    kv = dict(kv_block_q=32, kv_block_k=128, kv_num_warps=8, kv_num_stages=1)
+    key = replace(KEY, phase="backward")
+    record(H200, [make_entry(block_q=128), make_entry(key=key, **kv)])
+    _, out, _ = run(capsys, "show", "h200", "--key", "phase=backward")
+    assert "lla backward bfloat16 D128" in out and "32 CG; kv 32x128, 8 warps, 1 stages" in out and "128x64" not in out
+    path = record(resolve("cpu"), [eager_entry(key=key), eager_entry()])
+    assert run(capsys, "verify", path) == (0, "1 files checked, 0 with problems\n", "")
+
+
 def test_show_nothing(capsys):
     assert run(capsys, "show", "a100") == (
         0, "nothing is tuned for nvidia-a100-40gb; run `lla-compile tune --gpu nvidia-a100-40gb` on that device\n", "",

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import optuna
 import pytest
-from tune_landscape import BEST, PRESET, SPEC, Landscape, evaluator, milliseconds, problem
+from tune_landscape import BEST, BLOCKS, PRESET, SPEC, Landscape, evaluator, milliseconds, problem
 
 from lla_compile.backends import CompileError
 from lla_compile.plans import KernelConfig
@@ -328,15 +328,28 @@ def test_several_backends_are_searched_jointly(storage):
         assert ("fast.num_warps" in trial.params) == (backend == "fast")
 
 
-def test_the_space_holds_the_default_and_goes_to_parameters_and_back():
-    landscape = Landscape()
-    odd = KernelConfig("eager", "fused", 48, 32, 32)
-    landscape.default_config = lambda spec, device: odd
+def test_a_large_sparse_space_is_neither_enumerated_nor_clogged_with_infeasible_proposals(storage):
+    """Four more knobs, as the sweep that holds keys brings: 20 000 points, a fifth of which fits."""
+    kv = {"kv_block_q": BLOCKS, "kv_block_k": BLOCKS, "kv_num_warps": (1, 2, 4, 8)}
+
+    class Sparse(Landscape):
+        looked_at = 0
+
+        def infeasible(self, spec, config, device):
+            self.looked_at += 1
+            too_wide = config.kv_block_q * config.kv_block_k > 16 * 64 * config.kv_num_warps
+            return "no room for the second tile" if too_wide else super().infeasible(spec, config, device)
+
+    landscape = Sparse(limit=32 * 64, extra_knobs=kv)
     space = SearchSpace.joint(SPEC, problem().device, {"eager": landscape})
-    assert space.contains(odd) and space.contains(BEST)
-    assert not space.contains(replace(odd, block_q=24)) and not space.contains(replace(BEST, num_warps=4))
-    assert space.suggest(optuna.trial.FixedTrial(space.parameters(odd))) == odd
-    assert space.digest({"torch": "1"}) == space.digest({"torch": "1"}) != space.digest({"torch": "2"})
+    points = sum(1 for config in space.shuffled(0))
+    assert landscape.looked_at == 2 * 4 * 25 * 4 * 25 and points == 0.2 * landscape.looked_at
+    landscape.looked_at = 0
+    search = make_search(storage, landscape, trials=40, lookahead=4)
+    search.run()
+    assert evaluated(search.records) == 40
+    assert sum(record.free for record in search.records) < 40
+    assert landscape.looked_at < 3000
 
 
 def test_a_new_run_never_touches_an_old_study(storage):

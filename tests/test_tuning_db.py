@@ -18,6 +18,7 @@ from lla_compile.devices import resolve
 from lla_compile.tuning_db import DatabaseError, merge, overlay_dir, read, record, shipped_dir, store, yaml_format
 from lla_compile.tuning_db.document import DeviceHeader, Document
 from lla_compile.tuning_db.entry import Entry
+from lla_compile.tuning_db.short import short
 
 H200 = resolve("h200")
 
@@ -343,6 +344,39 @@ class TestConcurrency:
         record(H200, [make_entry(seqlen=1024)])  # and neither its lock nor its temporary file is in the way
         assert len(read(path).entries) == 2
         assert not [p for p in overlay.iterdir() if p.suffix == ".tmp"]
+
+
+def test_a_tile_of_its_own_for_the_sweep_that_holds_keys():
+    """Of a backward entry: written after the common knobs, read back, and refused where it is no size."""
+    kv = dict(kv_block_q=32, kv_block_k=128, kv_num_warps=8, kv_num_stages=1)
+    entry = make_entry(key=replace(KEY, phase="backward"), **kv)
+    path = record(H200, [entry, make_entry()])
+    assert "num_stages: 2, kv_block_q: 32, kv_block_k: 128, kv_num_warps: 8, kv_num_stages: 1}" in path.read_text()
+    assert read(path).entries == (entry, make_entry())
+    assert store.schema_problems(yaml_format.load(path.read_text())) == []
+    for knob in kv:
+        with pytest.raises(ValueError, match=f"{knob} must be positive"):
+            make_entry(**{knob: 0})
+        broken = yaml_format.load(path.read_text())
+        broken["entries"][0]["plan"][knob] = 0
+        assert len(store.schema_problems(broken)) == 1
+
+
+@pytest.mark.parametrize(
+    "knobs, text",
+    [
+        ({}, "triton fused 64x64, 4 warps, 2 stages, 32 CG"),
+        (dict(backend="eager", num_warps=None, num_stages=None), "eager fused 64x64, 32 CG"),
+        (
+            dict(kv_block_q=32, kv_block_k=128, kv_num_warps=8, kv_num_stages=1),
+            "triton fused 64x64, 4 warps, 2 stages, 32 CG; kv 32x128, 8 warps, 1 stages",
+        ),
+        (dict(kv_num_warps=8), "triton fused 64x64, 4 warps, 2 stages, 32 CG; kv 64x64, 8 warps, 2 stages"),
+        (dict(kv_block_q=64), "triton fused 64x64, 4 warps, 2 stages, 32 CG"),
+    ],
+)
+def test_a_plan_in_a_few_words(knobs, text):
+    assert short(make_entry(**knobs).config) == text
 
 
 def test_entry_survives_its_dictionary():
