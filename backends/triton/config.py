@@ -68,8 +68,8 @@ def _holds_keys(spec: LLASpec) -> bool:
 
 
 def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
-    """Values worth trying. Below Hopper a warp owns 16 rows by itself, so smaller held tiles are an option."""
-    warpgroups = float(device.compute_capability or 0) >= 9.0
+    """Values worth trying. Where a warp owns 16 rows by itself, smaller held tiles are an option."""
+    warpgroups = 9.0 <= float(device.compute_capability or 0) < 12.0
     space = {
         "schedule": ("fused", "split"),
         "block_q": (64, 128) if warpgroups else (16, 32, 64, 128),

@@ -155,11 +155,10 @@ def _placement(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: Devic
         return _Placement(terms * in_shared, terms, crossed, stages)
     if _is_tcgen05(device):  # operands come from shared memory; a split leaves one more copy behind
         copies = 2 * terms - 1
-        return _Placement(copies, copies, False, stages, _BARRIER_BYTES)
+        return _Placement(copies, copies, tiles.loaded > 0, stages, _BARRIER_BYTES)
     # mma.sync: the tile in use is in registers, and wide products lay the warps along columns
     crossed = tiles.held_block < tiles.width or tiles.held_block < tiles.streamed_block
-    loaded = split_terms(spec.dtype, spec.precision)  # tf32x3 takes its terms apart in registers
-    return _Placement(terms * (crossed or split), loaded, crossed, max(stages - 1, 1))
+    return _Placement(terms * (crossed or split), terms, crossed, max(stages - 1, 1))
 
 
 def _is_tcgen05(device: DeviceInfo) -> bool:
@@ -183,7 +182,7 @@ def _shared(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceIn
     elements += placement.computed_copies * tiles.computed + placement.loaded_copies * tiles.loaded
     if placement.weights_in_shared:
         elements += terms * tiles.weights
-    numbers = max(placement.stages - 1, 0) * tiles.streamed_numbers
+    numbers = max(config.num_stages - 1, 0) * tiles.streamed_numbers
     return _ITEM_BYTES[spec.dtype] * elements + 4 * numbers + placement.extra_bytes
 
 
