@@ -13,6 +13,7 @@ import pytest
 from lla_compile import backends
 from lla_compile.backends import triton as triton_backend
 from lla_compile.backends.triton import resources, source
+from lla_compile.backends.triton.kernel_source import CONSTEXPRS
 from lla_compile.devices import resolve
 from lla_compile.expr import dot, log2, rounded, row, tile, vector, where
 from lla_compile.lowering import SAVED
@@ -63,7 +64,7 @@ def test_kernels_are_the_functions_of_the_module(phase, schedule):
         assert (kernel.loop is not None) == ("cg_step" in kernel.name)
         assert kernel.holds == ("keys" if kernel.name.endswith("grad_kv") else "rows")
         arguments = [argument.arg for argument in functions(printed)[kernel.name].args.args]
-        assert arguments == [name for name, _ in printed.parameters] + list(source.CONSTEXPRS)
+        assert arguments == [name for name, _ in printed.parameters] + list(CONSTEXPRS)
 
 
 @EVERY_MODULE

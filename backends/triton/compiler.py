@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from lla_compile.backends import CompileError
-from lla_compile.backends.triton.source import CONSTEXPRS, Module
+from lla_compile.backends.triton.kernel_source import CONSTEXPRS
+from lla_compile.backends.triton.source import Module
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 

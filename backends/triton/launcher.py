@@ -8,9 +8,10 @@ import torch
 import triton
 
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
+from lla_compile.backends.triton.kernel_source import CONSTEXPRS, strided_outputs
 from lla_compile.backends.triton.packing import max_tiles, tile_table
 from lla_compile.backends.triton.resources import one_sum_a_sweep, padded_width
-from lla_compile.backends.triton.source import CONSTEXPRS, Kernel, Module, print_module, strided_outputs
+from lla_compile.backends.triton.source import Kernel, Module, print_module
 from lla_compile.lowering import lower
 from lla_compile.precision import is_wide, split_terms, weight_shift
 from lla_compile.storage import Layout, layout
@@ -262,7 +263,7 @@ class Launcher:
         return launches
 
     def _turns(self, kernel: Kernel, refines: bool, terms: int) -> int:
-        """How often a kernel is launched: a loop at most as often as it can turn, and not if the coarse one does all."""
+        """How often a kernel is launched: a loop as often as it can turn, and not at all if the coarse one does it all."""
         if kernel.loop is None:
             return 1
         left_out = refines and terms == 1 and not kernel.loop.coarse
