@@ -1,9 +1,14 @@
 """Puts this folder on the path, so that every test, those in sub-folders too, can import the shared helpers."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
+# Before PyTorch is imported, here and in what the tests start: tensors are small, and threads of several processes
+# would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 
