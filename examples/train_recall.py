@@ -9,7 +9,7 @@ the sigmoid of a linear map of the query's token. Both see the same batches. Eve
 accuracy is the accuracy on unseen data. Writes recall.json and recall.png to --out; Ctrl-C saves what there is.
 
     python examples/train_recall.py                        # a toy, minutes on a CPU
-    python examples/train_recall.py --device cuda          # 64 pairs
+    python examples/train_recall.py --device cuda          # 32 pairs, a wider model
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lla_compile import lla_attention
 ATTENTIONS = ("lla", "softmax")
 UNASKED = -100  # target of a position that is no query
 # (CPU, GPU) defaults.
-SIZES = {"steps": (400, 3000), "pairs": (16, 64), "dim": (32, 64), "heads": (2, 1), "seqlen": (64, 256)}
+SIZES = {"steps": (400, 1000), "pairs": (16, 32), "dim": (32, 64), "heads": (2, 2), "seqlen": (64, 128)}
 QUICK = {"steps": 40, "pairs": 4, "dim": 16, "heads": 1, "seqlen": 16}
 VOCAB_OVER_PAIRS = 4  # different keys, and as many values, for each pair of a sequence
 
@@ -105,8 +105,8 @@ def make_batch(pairs: int, options: argparse.Namespace) -> tuple[Tensor, Tensor]
 
 
 def difficulties(pairs: int) -> list[int]:
-    """Numbers of pairs to train and test on: ``pairs`` and its halves down to an eighth."""
-    return sorted({max(1, pairs >> shift) for shift in range(4)})
+    """Numbers of pairs to train and test on: ``pairs`` and its halves, rounded down, to two or three."""
+    return [pairs >> shift for shift in reversed(range(pairs.bit_length() - 1))]
 
 
 def evaluate(model: nn.Module, pairs: int, options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,6 +217,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, sizes in SIZES.items():
         if getattr(options, name) is None:
             setattr(options, name, QUICK[name] if options.quick else sizes[options.device.startswith("cuda")])
+    if options.pairs < 2:
+        parser.error(f"--pairs must be at least 2, got {options.pairs}")
     options.vocab = VOCAB_OVER_PAIRS * options.pairs
     if options.seqlen < 3 * options.pairs:
         parser.error(f"--seqlen must be at least 3 times --pairs ({options.pairs}), got {options.seqlen}")
