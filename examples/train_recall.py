@@ -9,7 +9,7 @@ the sigmoid of a linear map of the query's token. Both see the same batches. Eve
 accuracy is the accuracy on unseen data. Writes recall.json and recall.png to --out; Ctrl-C saves what there is.
 
     python examples/train_recall.py                        # a toy, minutes on a CPU
-    python examples/train_recall.py --device cuda          # 32 pairs, a wider model
+    python examples/train_recall.py --device cuda          # up to 64 pairs, a wider model
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lla_compile import lla_attention
 ATTENTIONS = ("lla", "softmax")
 UNASKED = -100  # target of a position that is no query
 # (CPU, GPU) defaults.
-SIZES = {"steps": (400, 1000), "pairs": (16, 32), "dim": (32, 64), "heads": (2, 2), "seqlen": (64, 128)}
+SIZES = {"steps": (400, 3000), "pairs": (16, 64), "dim": (32, 64), "heads": (2, 2), "seqlen": (64, 256)}
 QUICK = {"steps": 40, "pairs": 4, "dim": 16, "heads": 1, "seqlen": 16}
 VOCAB_OVER_PAIRS = 4  # different keys, and as many values, for each pair of a sequence
 
