@@ -1,4 +1,4 @@
-"""Random attention problems, the error measure, and a short way to run one on a backend: shared by all tests."""
+"""Random attention problems, assertions on errors, and a short way to run one on a backend: shared by all tests."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lla_compile.lowering import INFO, SAVED
 from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.reference import lla_reference, lla_reference_backward
 from lla_compile.spec import LLASpec
+from lla_compile.tuner.errors import relative_error, relative_errors
 
 CPU = resolve("cpu")
 
@@ -202,28 +203,11 @@ def run_backward(
     return backends.get(backend).bind(plan)(problem.inputs(scale) | given, tuple(wanted))
 
 
-def gradient_errors(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """:func:`relative_error` by name; the sum of ``dscale`` against the norm of its rows, which have both signs."""
-    errors = {name: relative_error(x, expected[name]) for name, x in got.items() if name != "dscale"}
-    if "dscale" in got:
-        by_row = got["dscale"].double()
-        errors["dscale"] = ((by_row.sum() - expected["dscale"]).norm() / by_row.norm()).item()
-    return errors
-
-
 def assert_gradients_close(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], limit: float) -> None:
     """Fail unless every gradient in ``got`` is finite and has an error of at most ``limit``."""
-    for name, error in gradient_errors(got, expected).items():
+    for name, error in relative_errors(got, expected).items():
         assert name == "dscale" or got[name].shape == expected[name].shape, name
         assert error <= limit, f"{name}: relative error {error:.2e}, limit {limit:.2e}"
-
-
-def relative_error(out: Tensor, ref: Tensor) -> float:
-    """||out - ref|| / ||ref|| in float64; the absolute norm where ref is zero; NaN if out is not finite."""
-    ref = ref.double()
-    difference = (out.to(ref) - ref).norm()
-    norm = ref.norm()
-    return (difference / norm if norm > 0 else difference).item()
 
 
 def assert_close(out: Tensor, ref: Tensor, limit: float, low_precision: Tensor | None = None) -> None:

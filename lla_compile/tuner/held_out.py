@@ -13,6 +13,7 @@ from lla_compile.autograd import GRADIENTS
 from lla_compile.precision import error_limit
 from lla_compile.reference import lla_reference, lla_reference_backward
 from lla_compile.spec import LLASpec
+from lla_compile.tuner.errors import relative_errors
 from lla_compile.tuner.problem import BindForward, Case, Problem
 
 # Taken off the length of the held-out inputs to leave ragged tiles behind: 1024 becomes the odd 999.
@@ -39,15 +40,8 @@ class HeldOut(Case):
         return error_limit(self.spec.dtype, self.spec.precision, ridge, self.spec.phase)
 
     def errors(self, outputs: Mapping[str, Tensor], ridge: float) -> dict[str, float]:
-        """||x - reference|| / ||reference|| of every output; NaN or inf where it is not finite.
-
-        dscale is a single number, a sum over all queries of contributions of either sign, and may come out near zero
-        however large they are: relative to itself it has no error that a limit could be set for. Its error is divided
-        by the norm of the contributions instead. If each of them is off by a share e of its own size, independently of
-        the others, that is about e, as it would be for a vector of them.
-        """
-        reference = self.reference(ridge)
-        return {name: _error(name, x.double(), reference[name]) for name, x in outputs.items()}
+        """:func:`relative_error` of every output."""
+        return relative_errors(outputs, self.reference(ridge))
 
     def worst(self, outputs: Mapping[str, Tensor], ridge: float) -> tuple[str, float]:
         """The output with the largest error, one that is not finite before all others, and its error."""
@@ -78,12 +72,3 @@ def _reference(spec: LLASpec, inputs: Mapping) -> dict[str, Tensor]:
     if spec.phase == "forward":
         return {"out": lla_reference(q, k, v, ridge, **options)}
     return dict(zip(GRADIENTS, lla_reference_backward(inputs["grad_out"], q, k, v, ridge, **options)))
-
-
-def _error(name: str, x: Tensor, reference: Tensor) -> float:
-    """See :meth:`HeldOut.errors`; absolute where there is nothing to be relative to."""
-    if name == "dscale":
-        difference, norm = (x.sum() - reference).abs(), x.norm()
-    else:
-        difference, norm = (x - reference).norm(), reference.norm()
-    return (difference / norm if norm > 0 else difference).item()
