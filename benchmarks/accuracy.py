@@ -11,11 +11,11 @@ import torch
 from benchmarks.problems import Shape, last_rows_error, last_rows_reference
 from benchmarks.report import Benchmark, Row, Target
 from lla_compile import lla_attention
+from lla_compile.spec import PRECISIONS
 from lla_compile.tuner.outcome import one_line
 
 RIDGES = (1.0, 0.1, 0.01)
 CAPS = (32, 128)
-PRECISIONS = ("fast", "accurate")
 DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -6,22 +6,21 @@ import argparse
 import itertools
 import sys
 from dataclasses import replace
-from typing import Mapping, Sequence
+from typing import Mapping
 
 import torch
 from torch import Tensor
 
-from benchmarks.problems import Shape
+from benchmarks.problems import Shape, gradient_errors
 from benchmarks.report import Benchmark, Row, Target
 from lla_compile import backends, plan
 from lla_compile.autograd import GRADIENTS, TRAINED
 from lla_compile.lowering import INFO, SAVED
 from lla_compile.reference import lla_reference_backward
-from lla_compile.spec import LLASpec
+from lla_compile.spec import PRECISIONS, LLASpec
 from lla_compile.tuner.outcome import one_line
 
 RIDGES = (1.0, 0.1)
-PRECISIONS = ("fast", "accurate")
 DTYPES = ("bfloat16", "float16")
 
 
@@ -71,23 +70,6 @@ def both_passes(spec: LLASpec, target: Target, inputs: Mapping, grad_out: Tensor
         "forward_iterations": forward["iterations"],
         "forward_residual": forward["final_residual"],
     }
-
-
-def gradient_errors(gradients: Sequence[Tensor], reference: Sequence[Tensor]) -> Row:
-    """``error_<name>`` = ||gradient - reference|| / ||reference||, for as many as are given in the order of GRADIENTS.
-
-    The gradient of the scale is one number, a sum over all rows that may cancel; if its terms by row are given,
-    ``error_dscale_rows`` is the same difference over the norm of the terms: what rounding of every row would leave.
-    """
-    row: Row = {}
-    for name, gradient, exact in zip(GRADIENTS, gradients, reference):
-        terms = gradient.double()
-        gradient = terms.sum_to_size(exact.shape) if exact.dim() == 0 else terms
-        difference = (gradient - exact).norm()
-        row[f"error_{name}"] = (difference / exact.norm()).item()
-        if name == "dscale" and terms.dim():
-            row["error_dscale_rows"] = (difference / terms.norm()).item()
-    return row
 
 
 def solves(results: Mapping[str, Tensor]) -> Row:

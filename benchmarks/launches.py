@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,14 +17,14 @@ def lla(ridge: float | Tensor, precision: str) -> Peer:
     return Peer(lambda q, k, v: lla_attention(q, k, v, ridge, precision=precision))
 
 
-def forward(peer: Peer, tensors: tuple[Tensor, ...]) -> Launch:
-    """The forward pass on (1, H, N, D) tensors; it keeps what a backward pass needs if gradients are enabled."""
+def forward(peer: Peer, tensors: Sequence[Tensor]) -> Launch:
+    """The forward pass on (B, H, N, D) tensors; it keeps what a backward pass needs if gradients are enabled."""
     own = _leaves(peer, tensors)
     return lambda: peer.from_own(peer.attend(*own))
 
 
-def training(peer: Peer, tensors: tuple[Tensor, ...], grad_out: Tensor) -> Launch:
-    """Forward and backward: returns the gradients of query, key and value, (1, H, N, D)."""
+def training(peer: Peer, tensors: Sequence[Tensor], grad_out: Tensor) -> Launch:
+    """Forward and backward: returns the gradients of query, key and value, (B, H, N, D)."""
     own, grad = _leaves(peer, tensors), peer.to_own(grad_out)
 
     def step() -> list[Tensor]:
@@ -31,6 +33,6 @@ def training(peer: Peer, tensors: tuple[Tensor, ...], grad_out: Tensor) -> Launc
     return step
 
 
-def _leaves(peer: Peer, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _leaves(peer: Peer, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     needs_grad = torch.is_grad_enabled()
     return tuple(peer.to_own(x).detach().requires_grad_(needs_grad) for x in tensors)

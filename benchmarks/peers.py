@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-RIDGELESS = ("sdpa", "fla parallax")
-
 
 @dataclass(frozen=True)
 class Peer:
@@ -20,8 +18,8 @@ class Peer:
 
     Attributes:
         attend: (q, k, v) -> output, all in its own layout; differentiable.
-        to_own: a (1, H, N, D) tensor in that layout, contiguous.
-        from_own: back to (1, H, N, D).
+        to_own: a (B, H, N, D) tensor in that layout, contiguous; B is 1 if the layout has no batch.
+        from_own: back to (B, H, N, D).
     """
 
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]

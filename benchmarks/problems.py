@@ -1,14 +1,17 @@
-"""The problems that are measured: shapes, inputs, float64 references and the work that a call really did."""
+"""The problems that are measured: shapes, inputs, errors against float64 and the work that a call really did."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Sequence
 
 import torch
 
+from lla_compile.autograd import GRADIENTS
 from lla_compile.plans import Plan
 from lla_compile.reference import lla_reference
 from lla_compile.spec import LLASpec
+from lla_compile.tuner.errors import relative_error
 from lla_compile.tuner.problem import normal_tensors
 
 # Rows of one head that are held against the reference, the last ones: it costs rows * N * D^2 in float64.
@@ -47,9 +50,22 @@ def last_rows_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ridge
 
 
 def last_rows_error(out: torch.Tensor, reference: torch.Tensor) -> float:
-    """||out - reference|| / ||reference|| over the rows of the reference; NaN where the output has one."""
-    part = out[:1, :1, -reference.shape[2] :].double()
-    return ((part - reference).norm() / reference.norm()).item()
+    """:func:`relative_error` over the rows of the reference."""
+    return relative_error(out[:1, :1, -reference.shape[2] :], reference)
+
+
+def gradient_errors(gradients: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> dict[str, float]:
+    """``error_<name>`` is the relative error of each gradient, for as many as are given in the order of GRADIENTS.
+
+    If dscale is given by row, ``error_dscale`` is that of the sum, and ``error_dscale_rows`` that of its terms: what
+    rounding of every row would leave.
+    """
+    errors: dict[str, float] = {}
+    for name, gradient, exact in zip(GRADIENTS, gradients, reference):
+        errors[f"error_{name}"] = relative_error(gradient.double().sum_to_size(exact.shape), exact)
+        if gradient.dim() > exact.dim():
+            errors[f"error_{name}_rows"] = relative_error(gradient, exact)
+    return errors
 
 
 def executed_flops(plan: Plan, iterations: torch.Tensor) -> float:

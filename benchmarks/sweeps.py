@@ -14,10 +14,10 @@ from benchmarks.report import Benchmark, Row, Target
 from benchmarks.timing import Launch, time_all
 from lla_compile import backends, plan
 from lla_compile.plans import KernelConfig, Plan, Source
+from lla_compile.spec import PRECISIONS
 from lla_compile.tuner.outcome import one_line
 
 FEWER, MORE = 4, 8
-PRECISIONS = ("fast", "accurate")
 KNOBS = ("block_q", "block_k", "num_warps", "num_stages")
 
 

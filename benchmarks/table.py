@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 from typing import Iterable, Sequence
 
-from benchmarks.forward import PRECISIONS, RIDGES
+from benchmarks.comparison import RIDGES
 from benchmarks.report import RESULTS, write_text
 from benchmarks.solver import DEFAULT, TILE
+from lla_compile.spec import PRECISIONS
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 

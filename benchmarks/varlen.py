@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import launches
+from benchmarks.peers import Peer
 from benchmarks.report import Benchmark, Row, Target
 from benchmarks.timing import Launch, time_all
-from benchmarks.training import HEAD_START_MS, PASSES
-from lla_compile import lla_attention, lla_attention_varlen
+from lla_compile import lla_attention_varlen
+from lla_compile.tuner.errors import relative_error
 from lla_compile.tuner.outcome import one_line
 
 RIDGE = 1.0
@@ -23,7 +25,7 @@ SEQUENCES = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of ``lengths`` in ``num_heads`` heads of ``head_dim``."""
+    """Sequences of ``lengths`` in ``num_heads`` heads of ``head_dim``; packed unless they are of one length."""
 
     lengths: tuple[int, ...]
     num_heads: int
@@ -38,14 +40,22 @@ class Batch:
         return len(set(self.lengths)) == 1
 
     def inputs(self, dtype: str, device: torch.device) -> list[Tensor]:
-        """Standard normal query, key, value and gradient of the output; (B, H, N, D) if dense, else (total, H, D)."""
+        """Standard normal query, key, value and gradient of the output (B, H, N, D); B is 1 if they are packed."""
         generator = torch.Generator(device).manual_seed(0)
+        batch = len(self.lengths) if self.is_dense else 1
+        shape = (4, batch, self.num_heads, sum(self.lengths) // batch, self.head_dim)
+        return list(torch.randn(shape, generator=generator, device=device).to(getattr(torch, dtype)).unbind())
+
+    def attention(self, device: torch.device) -> Peer:
+        """Our own, every sequence to itself."""
         if self.is_dense:
-            shape = (len(self.lengths), self.num_heads, self.lengths[0], self.head_dim)
-        else:
-            shape = (sum(self.lengths), self.num_heads, self.head_dim)
-        tensors = torch.randn((4, *shape), generator=generator, device=device)
-        return list(tensors.to(getattr(torch, dtype)).unbind())
+            return launches.lla(RIDGE, PRECISION)
+        ends = torch.tensor([0, *self.lengths]).cumsum(0).to(device, torch.int32)
+        return Peer(
+            lambda q, k, v: lla_attention_varlen(q, k, v, ends, ends, RIDGE, precision=PRECISION),
+            to_own=lambda x: x[0].transpose(0, 1).contiguous(),
+            from_own=lambda x: x.transpose(0, 1)[None],
+        )
 
 
 def random_lengths(total: int, sequences: int, seed: int = 0) -> tuple[int, ...]:
@@ -81,51 +91,43 @@ def measure(batch: Batch, dtype: str, target: Target, quick: bool) -> Row:
         "visible_pairs": batch.visible_pairs, "dense_visible_pairs": dense.visible_pairs,
     }  # fmt: skip
     try:
-        ends = torch.tensor([0, *batch.lengths]).cumsum(0).to(target.device, torch.int32)
-        inputs = {prefix: x.inputs(dtype, target.device) for prefix, x in (("", batch), ("dense_", dense))}
-        launches: dict[str, Launch] = {}
-        for prefix, tensors in inputs.items():
-            cu_seqlens = None if prefix else ends
-            launches[f"{prefix}forward"] = _forward(tensors, cu_seqlens)
-            launches[f"{prefix}training"] = _training(tensors, cu_seqlens)
-        times, failures = time_all(launches, target, quick, HEAD_START_MS)
+        timed: dict[str, Launch] = {}
+        for prefix, x in (("", batch), ("dense_", dense)):
+            attention = x.attention(target.device)
+            *tensors, grad_out = x.inputs(dtype, target.device)
+            timed[f"{prefix}forward"] = launches.forward(attention, tensors)
+            timed[f"{prefix}training"] = launches.training(attention, tensors, grad_out)
+        times, failures = time_all(timed, target, quick)
         row |= {f"{name}_ms": timing.median_ms for name, timing in times.items()}
         row |= {f"{name}_spread": timing.spread for name, timing in times.items()}
         if failures:
             return row | {"failure": next(iter(failures.values()))}
         row["pairs_over_dense"] = batch.visible_pairs / dense.visible_pairs
-        for name in PASSES:
+        for name in ("forward", "training"):
             time_over_dense = times[name].median_ms / times[f"dense_{name}"].median_ms
             row[f"{name}_over_dense"] = time_over_dense / row["pairs_over_dense"]
-        row["difference"] = _difference(batch, inputs[""], ends)
+        row["difference"] = _difference(batch, dtype, target.device)
     except Exception as error:  # recorded as the row's failure; the other widths still run
         row["failure"] = one_line(error)
     return row
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, ends: Tensor | None) -> Tensor:
-    if ends is None:
-        return lla_attention(q, k, v, RIDGE, precision=PRECISION)
-    return lla_attention_varlen(q, k, v, ends, ends, RIDGE, precision=PRECISION)
-
-
-def _forward(tensors: list[Tensor], ends: Tensor | None) -> Launch:
-    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-    return lambda: _attend(*leaves, ends)
-
-
-def _training(tensors: list[Tensor], ends: Tensor | None) -> Launch:
-    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-    return lambda: (out := _attend(*leaves, ends), *torch.autograd.grad(out, leaves, tensors[3]))
-
-
-def _difference(batch: Batch, tensors: list[Tensor], ends: Tensor) -> float:
+def _difference(batch: Batch, dtype: str, device: torch.device) -> float:
     """Largest relative difference of output and gradients of the shortest sequence from what it gives alone."""
     shortest = min(range(len(batch.lengths)), key=batch.lengths.__getitem__)
-    rows = slice(*ends[shortest : shortest + 2].tolist())
-    alone = [x[rows].transpose(0, 1)[None] for x in tensors]
-    pairs = zip(_training(tensors, ends)(), _training(alone, None)())
-    return max(((x[rows].transpose(0, 1)[None] - y).norm() / y.norm()).item() for x, y in pairs)
+    start = sum(batch.lengths[:shortest])
+    rows = slice(start, start + batch.lengths[shortest])
+    inputs = batch.inputs(dtype, device)
+    packed = _results(batch.attention(device), inputs)
+    alone = _results(launches.lla(RIDGE, PRECISION), [x[:, :, rows] for x in inputs])
+    return max(relative_error(x[:, :, rows], y) for x, y in zip(packed, alone))
+
+
+def _results(attention: Peer, inputs: list[Tensor]) -> list[Tensor]:
+    """The output and the gradients of query, key and value."""
+    *tensors, grad_out = inputs
+    out = launches.forward(attention, tensors)()
+    return [out, *launches.training(attention, tensors, grad_out)()]
 
 
 BENCHMARK = Benchmark(

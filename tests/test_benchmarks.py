@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
 from benchmarks import (  # noqa: E402
     accuracy,
+    comparison,
     forward,
     gradients,
     launches,
@@ -48,8 +49,8 @@ def no_peers(monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     """One ridge less and one precision: the paths are the same."""
-    monkeypatch.setattr(forward, "RIDGES", (10.0, 1.0))
-    monkeypatch.setattr(forward, "PRECISIONS", ("accurate",))
+    monkeypatch.setattr(comparison, "RIDGES", (10.0, 1.0))
+    monkeypatch.setattr(comparison, "PRECISIONS", ("accurate",))
     no_peers(monkeypatch)
 
 
@@ -97,8 +98,8 @@ def test_peers_are_called_with_their_own_layout(monkeypatch):
 
 
 def test_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "RIDGES", (1.0, 0.1))
-    monkeypatch.setattr(training, "PRECISIONS", ("accurate",))
+    monkeypatch.setattr(comparison, "RIDGES", (1.0, 0.1))
+    monkeypatch.setattr(comparison, "PRECISIONS", ("accurate",))
     monkeypatch.setattr(training, "FLASHLLA_RIDGES", (1.0,))
     monkeypatch.setattr(training, "REFERENCE_ROWS", 40)  # of 64: the first rows of a longer problem
     monkeypatch.setattr(peers, "available", lambda package: True)
@@ -127,7 +128,7 @@ def test_gradients(tmp_path, monkeypatch):
 
 def test_error_of_a_cancelling_sum_is_held_against_its_terms():
     terms = torch.tensor([[[3.0, -4.0, 1.1]]])
-    row = gradients.gradient_errors([terms] * 5, [terms.double()] * 4 + [torch.tensor(0.0, dtype=torch.float64)])
+    row = problems.gradient_errors([terms] * 5, [terms.double()] * 4 + [torch.tensor(0.0, dtype=torch.float64)])
     assert row["error_dq"] == row["error_dridge"] == 0
     assert row["error_dscale_rows"] == pytest.approx(0.1 / terms.norm().item(), rel=1e-5)
 
