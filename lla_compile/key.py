@@ -10,7 +10,10 @@ from lla_compile.spec import LLASpec
 
 @dataclass(frozen=True)
 class TuningKey:
-    """What must be equal for a tuned plan to be meaningful at all; its fields are an entry's ``key`` in the database."""
+    """What must be equal for a tuned plan to be meaningful at all; its fields are an entry's ``key`` in the database.
+
+    ``group`` counts the queries that share a key in phase "decode", rounded to a power of two; other phases have none.
+    """
 
     op: str
     phase: str
@@ -19,14 +22,17 @@ class TuningKey:
     head_dim_v: int
     precision: str
     causal: bool
+    group: int | None = None
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """The fields that are set, in the order of the database."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def describe(self) -> str:
         mask = "causal" if self.causal else "full"
+        group = "" if self.group is None else f" group {self.group}"
         return (
-            f"{self.op} {self.phase} {self.dtype} D{self.head_dim} Dv{self.head_dim_v} {self.precision} {mask}"
+            f"{self.op} {self.phase} {self.dtype} D{self.head_dim} Dv{self.head_dim_v} {self.precision} {mask}{group}"
         )
 
 
@@ -61,6 +67,7 @@ def key_of(spec: LLASpec) -> TuningKey:
         head_dim_v=spec.head_dim_v,
         precision=spec.precision,
         causal=spec.is_causal,
+        group=_nearest_power(spec.group_size * spec.seqlen_q) if spec.phase == "decode" else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from lla_compile.expr import Expr, Kind, dot, log2, rounded, row, scalar, sqrt, tile, vector, where, wide_dot
@@ -230,6 +231,11 @@ def _lla_forward() -> SweepList:
     )
 
 
+def _lla_decode() -> SweepList:
+    forward = _lla_forward()
+    return replace(forward, name="lla_decode", outputs={name: forward.outputs[name] for name in ("out", *INFO)})
+
+
 def _lla_backward() -> SweepList:
     forward = lower("lla", "forward")
     return SweepList(
@@ -248,7 +254,7 @@ def _lla_backward() -> SweepList:
     )
 
 
-_LOWERINGS = {("lla", "forward"): _lla_forward, ("lla", "backward"): _lla_backward}
+_LOWERINGS = {("lla", "forward"): _lla_forward, ("lla", "backward"): _lla_backward, ("lla", "decode"): _lla_decode}
 
 
 @lru_cache(maxsize=None)
@@ -256,7 +262,7 @@ def lower(op: str, phase: str) -> SweepList:
     """The sweeps of an operator.
 
     ``("lla", "forward")`` is stats, cg_step*, output; ``("lla", "backward")`` is adjoint_stats, cg_step*, grad_q,
-    grad_kv.
+    grad_kv; ``("lla", "decode")`` is that of "forward", without what a backward pass would need.
 
     Raises:
         NotImplementedError: no lowering is known for this operator and phase.

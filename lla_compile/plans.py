@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
 
 SCHEDULES = ("fused", "split")
+DECODE_SCHEDULES = ("gram", "fused")
 _TILE_KNOBS = ("block_q", "block_k", "num_warps", "num_stages")
 
 
@@ -24,7 +25,8 @@ class KernelConfig:
 
     Args:
         backend: name of a backend, e.g. "triton" or "eager".
-        schedule: "fused" (one launch runs all sweeps of a query tile) or "split" (one launch a sweep).
+        schedule: "fused" (one launch runs all sweeps of a query tile), "split" (one launch a sweep), or in phase
+            "decode" "gram" (one pass over the keys forms the covariances, see :mod:`lla_compile.gram`).
         block_q: query rows of a tile, B_r.
         block_k: keys of a tile, B_c.
         cg_max_iters: cap on the CG iterations unless the caller gives one.
@@ -32,6 +34,8 @@ class KernelConfig:
         num_stages: depth of the software pipeline over key tiles; None likewise.
         kv_block_q, kv_block_k, kv_num_warps, kv_num_stages: the same for the sweep that holds keys; None where the
             phase has none, or where it takes the tile of the others.
+        num_splits: parts that the keys of a query are cut into, of about the same length whatever that is; "gram" only.
+        block_d: rows of the covariances that a program holds; "gram" only.
     """
 
     backend: str
@@ -45,6 +49,8 @@ class KernelConfig:
     kv_block_k: int | None = None
     kv_num_warps: int | None = None
     kv_num_stages: int | None = None
+    num_splits: int | None = None
+    block_d: int | None = None
 
     @property
     def holding_keys(self) -> KernelConfig:

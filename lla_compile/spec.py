@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 MAX_HEAD_DIM = 256
+MAX_DECODE_QUERIES = 16
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 PRECISIONS = ("fast", "accurate")
 OPS = ("lla",)
-PHASES = ("forward", "backward")
+PHASES = ("forward", "backward", "decode")
 
 # Relative residual at which CG stops when the caller does not say. In a 16-bit type the output's own rounding is 2e-3,
 # so a smaller residual cannot be seen; `fast` carries more error than its tolerance adds. Gradients see more of it:
@@ -24,7 +25,9 @@ _DEFAULT_CG_TOL = {
     ("float64", "fast"): 1e-6,
     ("float64", "accurate"): 1e-12,
 }
-_ADJOINT_CG_TOL = {("float16", "accurate"): 10**-3.5, ("bfloat16", "accurate"): 10**-3.5}
+# A D x D system that is at hand costs little to solve further.
+_TIGHT_CG_TOL = {("float16", "accurate"): 10**-3.5, ("bfloat16", "accurate"): 10**-3.5}
+_PHASE_CG_TOL = {"backward": _TIGHT_CG_TOL, "decode": _TIGHT_CG_TOL}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,11 @@ class LLASpec:
         cg_max_iters: cap on the CG iterations; None leaves it to the plan.
         num_sequences: None, or how many sequences are packed one after another into ``seqlen_q`` queries and
             ``seqlen_k`` keys; ``batch`` is then 1, and where they end is known only at run time.
+        page_size: keys of a page where the cache of phase "decode" is paged, ``seqlen_k`` being as many pages as a
+            sequence can have; None for any other tensor.
         op: the operator, "lla".
-        phase: "forward" or "backward".
+        phase: "forward", "backward" or "decode": the last ``seqlen_q`` (1 to 16) positions of sequences whose keys lie
+            in a cache of ``seqlen_k`` slots, with lengths that are known only at run time.
 
     Raises:
         ValueError: a field is outside what is listed above; the message names it.
@@ -68,6 +74,7 @@ class LLASpec:
     cg_tol: float | None = None
     cg_max_iters: int | None = None
     num_sequences: int | None = None
+    page_size: int | None = None
     op: str = "lla"
     phase: str = "forward"
 
@@ -95,12 +102,20 @@ class LLASpec:
             _integer("num_sequences", self.num_sequences, 0)
             if self.batch != 1:
                 raise ValueError(f"packed sequences have batch 1, got {self.batch}")
+        if self.phase == "decode":
+            _integer("seqlen_q", self.seqlen_q, 1, MAX_DECODE_QUERIES)
+            if not self.is_causal or self.num_sequences is not None:
+                raise ValueError("decoding is causal and its sequences are not packed")
+        if self.page_size is not None:
+            _integer("page_size", self.page_size, 1)
+            if self.phase != "decode":
+                raise ValueError(f"page_size is for phase decode, got phase {self.phase}")
         if self.cg_max_iters is not None:
             _integer("cg_max_iters", self.cg_max_iters, 1)
         if self.cg_tol is None:
             tier = self.dtype, self.precision
-            adjoint = _ADJOINT_CG_TOL if self.phase == "backward" else {}
-            object.__setattr__(self, "cg_tol", adjoint.get(tier, _DEFAULT_CG_TOL[tier]))
+            own = _PHASE_CG_TOL.get(self.phase, {})
+            object.__setattr__(self, "cg_tol", own.get(tier, _DEFAULT_CG_TOL[tier]))
         elif not (isinstance(self.cg_tol, (int, float)) and 0 <= self.cg_tol < 1):
             raise ValueError(f"cg_tol must be a number with 0 <= cg_tol < 1, got {self.cg_tol!r}")
 
@@ -121,6 +136,33 @@ class LLASpec:
             num_kv_heads=batch_heads,
             seqlen_q=seqlen,
             seqlen_k=seqlen,
+            **fields,
+        )
+
+    @classmethod
+    def decoding(
+        cls, dtype: str, head_dim: int, seqlen: int, batch_heads: int, head_dim_v: int | None = None, group_size: int = 1,
+        **fields,
+    ) -> LLASpec:  # fmt: skip
+        """One new token for each of ``batch_heads`` query heads over a full cache of ``seqlen`` keys.
+
+        ``group_size`` query heads share a key head; other arguments as in :meth:`self_attention`.
+
+        Raises:
+            ValueError: ``batch_heads`` is no multiple of ``group_size``.
+        """
+        if batch_heads % group_size:
+            raise ValueError(f"batch_heads must be a multiple of group_size {group_size}, got {batch_heads}")
+        return cls(
+            dtype=dtype,
+            head_dim=head_dim,
+            head_dim_v=head_dim if head_dim_v is None else head_dim_v,
+            batch=batch_heads // group_size,
+            num_heads=group_size,
+            num_kv_heads=1,
+            seqlen_q=1,
+            seqlen_k=seqlen,
+            phase="decode",
             **fields,
         )
 
@@ -175,8 +217,9 @@ class LLASpec:
         if self.window_size is not None:
             mask += f", window {self.window_size}"
         batch = f"B {self.batch}" if self.num_sequences is None else f"{self.num_sequences} packed"
+        paged = "" if self.page_size is None else f" in pages of {self.page_size}"
         return (
-            f"{self.op} {self.phase}, {self.dtype}, {batch}, H {heads}, N {self.seqlen_q}, M {self.seqlen_k}, "
+            f"{self.op} {self.phase}, {self.dtype}, {batch}, H {heads}, N {self.seqlen_q}, M {self.seqlen_k}{paged}, "
             f"D {self.head_dim}, Dv {self.head_dim_v}, {mask}, {self.precision}"
         )
 
