@@ -10,10 +10,6 @@ from lla_compile.tuner.timing import Timing, interleaved, timer_for, warm_up
 
 Launch = Callable[[], object]
 
-# A GPU is kept busy for so long before each launch that it need not wait for the host, which takes 0.2 ms and more to
-# enqueue a backward pass. The clearing of the cache alone gives 0.06 ms.
-HEAD_START_MS = 0.4
-
 
 def time_all(
     launches: Mapping[object, Launch], target: Target, quick: bool
@@ -38,9 +34,7 @@ def time_all(
     sound = {name: launch for name, launch in launches.items() if name not in failures}
     if not sound:
         return {}, failures
-    # The timer clears twice as many bytes as it is told that the cache has.
-    head_start_bytes = int(HEAD_START_MS * 1e6 * target.info.bandwidth_gbs / 2)
-    timer = timer_for(target.device, max(target.info.l2_bytes, head_start_bytes))
+    timer = timer_for(target.device, target.info)
     if target.is_cuda:
         warm_up(timer, next(iter(sound.values())), 300.0)
     budget_ms, repeats = (30.0, (3, 10)) if quick else (200.0, (7, 50))

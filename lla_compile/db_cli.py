@@ -134,7 +134,7 @@ def _device_id(name: str) -> str:
 
 def _key_filters(items: list[str]) -> dict:
     """``dtype=bfloat16 head_dim=128`` as a mapping with the types of the key."""
-    types = {f.name: f.type for f in fields(TuningKey)}
+    types = {f.name: f.type.partition(" ")[0] for f in fields(TuningKey)}
     wanted = {}
     for item in items:
         name, given, value = item.partition("=")
@@ -212,17 +212,12 @@ def _entry_problem(entry: Entry, device: DeviceInfo) -> str | None:
     if entry.measured and entry.result["error"] > entry.result.get("error_limit", float("inf")):
         return f"error {entry.result['error']:.1e} is above the limit {entry.result['error_limit']:.1e}"
     try:
-        spec = LLASpec.self_attention(
-            key.dtype,
-            key.head_dim,
-            tuned.seqlen,
-            tuned.batch_heads,
-            key.head_dim_v,
-            op=key.op,
-            phase=key.phase,
-            precision=key.precision,
-            is_causal=key.causal,
-        )
+        sizes = key.dtype, key.head_dim, tuned.seqlen, tuned.batch_heads, key.head_dim_v
+        fields = {"op": key.op, "precision": key.precision, "is_causal": key.causal}
+        if key.phase == "decode":
+            spec = LLASpec.decoding(*sizes, group_size=key.group or 1, **fields)
+        else:
+            spec = LLASpec.self_attention(*sizes, phase=key.phase, **fields)
         backend = backends.get(entry.config.backend)
     except ValueError as error:
         return str(error)

@@ -47,6 +47,10 @@ class Bucket:
         """Smallest and largest sequence length that falls into this bucket."""
         return _range_of_power(self.seqlen)
 
+    def batch_heads_range(self) -> tuple[int, int]:
+        """Smallest and largest number of heads that falls into this bucket."""
+        return _range_of_power(self.batch_heads)
+
     def distance(self, other: Bucket) -> float:
         """Octaves between two buckets, summed over both sizes."""
         return abs(math.log2(self.seqlen / other.seqlen)) + abs(math.log2(self.batch_heads / other.batch_heads))

@@ -113,12 +113,14 @@ def _misfit(config: KernelConfig, kernel_hash, spec, device, usable, refused) ->
 
 def tune_command(spec: LLASpec, device: DeviceInfo) -> str:
     """The command line that tunes what ``spec`` needs on ``device``."""
-    bucket = bucket_of_spec(spec)
+    bucket, group = bucket_of_spec(spec), key_of(spec).group
+    heads = max(bucket.batch_heads, group or 1)  # several queries of one head count as a group of heads
     parts = [
         f"python -m lla_compile.tune --gpu {device.id}",
         f"--phase {spec.phase} --dtype {spec.dtype} --head-dim {spec.head_dim}",
         f"--head-dim-v {spec.head_dim_v}" if spec.head_dim_v != spec.head_dim else "",
-        f"--seqlen {bucket.seqlen} --batch-heads {bucket.batch_heads} --precision {spec.precision}",
+        f"--seqlen {bucket.seqlen} --batch-heads {heads} --precision {spec.precision}",
+        f"--group {group}" if group is not None else "",
         "" if spec.is_causal else "--no-causal",
     ]
     return " ".join(part for part in parts if part)

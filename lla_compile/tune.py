@@ -3,6 +3,7 @@
     python -m lla_compile.tune --quick
     python -m lla_compile.tune --gpu auto --phase backward --head-dim 128 --seqlen 4096
     python -m lla_compile.tune --gpu h200 --dtype bfloat16 --head-dim 64 128 --seqlen 4096 --trials 100
+    python -m lla_compile.tune --phase decode --head-dim 128 --seqlen 16384 --batch-heads 8 256 --group 1 4 8
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo, identify, resolve
-from lla_compile.spec import DTYPES, PHASES, PRECISIONS
+from lla_compile.spec import DTYPES, PHASES, PRECISIONS, LLASpec
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.evaluate import synchronize
 from lla_compile.tuner.grid import Grid
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         info, device = find_device(args.gpu)
         preset = _preset(args, info)
-        specs = _grid(args, preset).specs()
+        specs = _specs(args, preset)
         path = out_file(args.out, info.id)
         require_writable(path, info)
         with quiet_optuna():
@@ -142,17 +143,37 @@ def _preset(args: argparse.Namespace, info: DeviceInfo) -> Preset:
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
-def _grid(args: argparse.Namespace, preset: Preset) -> Grid:
-    """The preset's grid with the command line's values in place of its own."""
+def _specs(args: argparse.Namespace, preset: Preset) -> list[LLASpec]:
+    """What the phases' grids span.
+
+    Raises:
+        ValueError: a value is not allowed, or nothing is left to tune; the message names it.
+    """
+    if args.group and "decode" not in args.phase:
+        raise ValueError("--group is for --phase decode")
+    grids = [_grid(phase, args, preset) for phase in args.phase]
+    left_out = [f"--batch-heads {heads} is no multiple of --group {n}" for g in grids for heads, n in g.indivisible]
+    specs = [spec for grid in grids for spec in grid.specs()]
+    if not specs:
+        raise ValueError("; ".join(left_out))
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    return specs
+
+
+def _grid(phase: str, args: argparse.Namespace, preset: Preset) -> Grid:
+    """The preset's grid of a phase with the command line's values in place of its own."""
+    decode = phase == "decode"
     return Grid(
-        phases=tuple(args.phase),
+        phase=phase,
         dtypes=tuple(args.dtype or preset.dtypes),
         head_dims=tuple(args.head_dim or preset.head_dims),
         head_dims_v=tuple(args.head_dim_v or ()),
-        seqlens=tuple(args.seqlen or preset.seqlens),
-        batch_heads=tuple(args.batch_heads or preset.batch_heads),
+        seqlens=tuple(args.seqlen or (preset.decode_seqlens if decode else preset.seqlens)),
+        batch_heads=tuple(args.batch_heads or (preset.decode_batch_heads if decode else preset.batch_heads)),
         precisions=tuple(args.precision or preset.precisions),
         causal=(args.causal,),
+        groups=tuple(args.group or preset.groups),
     )
 
 
@@ -168,8 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--head-dim", nargs="+", type=positive, metavar="D", help="width of query and key")
     parser.add_argument("--head-dim-v", nargs="+", type=positive, metavar="D", help="width of the value (default: D)")
-    parser.add_argument("--seqlen", nargs="+", type=positive, metavar="N")
+    parser.add_argument("--seqlen", nargs="+", type=positive, metavar="N", help="of a cache: its slots")
     parser.add_argument("--batch-heads", nargs="+", type=positive, metavar="BH", help="batch times query heads")
+    parser.add_argument("--group", nargs="+", type=positive, metavar="G", help="query heads a key head, to decode")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--backend", nargs="+", choices=backends.NAMES, help="search these backends only")

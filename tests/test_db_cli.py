@@ -69,6 +69,17 @@ def test_a_backward_plan_is_shown_with_its_second_tile_and_verified(capsys):
     assert run(capsys, "verify", path) == (0, "1 files checked, 0 with problems\n", "")
 
 
+def test_decoding_plans_are_shown_by_group_with_their_splits(capsys):
+    keys = [replace(KEY, phase="decode", group=group) for group in (1, 4)]
+    gram = dict(schedule="gram", block_q=1, block_d=64)
+    record(H200, [make_entry(), *(make_entry(key=key, num_splits=8 * key.group, **gram) for key in keys)])
+    _, out, _ = run(capsys, "show", "h200", "--key", "group=4")
+    (line,) = out.splitlines()[1:]
+    assert "lla decode bfloat16" in line and "causal group 4" in line and "32 splits, block_d 64" in line
+    status, _, err = run(capsys, "show", "h200", "--key", "group=four")
+    assert status == 2 and "--key group takes int, got 'four'" in err
+
+
 def test_show_nothing(capsys):
     assert run(capsys, "show", "a100") == (
         0, "nothing is tuned for nvidia-a100-40gb; run `lla-compile tune --gpu nvidia-a100-40gb` on that device\n", "",

@@ -91,6 +91,14 @@ def test_every_field_of_the_key_must_agree(change):
     assert f"the nearest entry differs: {name} {getattr(KEY, name)}, not {value}" in match.reason
 
 
+def test_the_group_of_a_cache_must_agree_and_other_phases_have_none():
+    keys = [replace(KEY, phase="decode", group=group) for group in (1, 4, 8)]
+    record(H200, [make_entry(key=key, num_splits=key.group) for key in keys[:2]])
+    assert [find(key=key).entry.config.num_splits for key in keys[:2]] == [1, 4]
+    assert "the nearest entry differs: group " in find(key=keys[2]).reason
+    assert "the nearest entry differs: phase decode, not forward" in find().reason
+
+
 def test_level_goes_before_database_and_database_before_distance(shipped):
     """Exact in shipped beats nearest in the overlay; at one level the overlay wins, however far."""
     near, far, exact = (make_entry(seqlen=s, valid=WIDE) for s in (2048, 512, 4096))

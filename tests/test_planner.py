@@ -6,7 +6,7 @@ from fakes import FakeBackend, entry_of, lookup_in
 from problems import CPU
 
 from lla_compile import LLASpec
-from lla_compile.key import Bucket
+from lla_compile.key import Bucket, key_of
 from lla_compile.plans import Source
 from lla_compile.planner import TuningMiss, forget_reports, make_plan, report_miss, tune_command
 
@@ -130,6 +130,19 @@ def test_tune_command_is_one_that_the_tuner_takes():
     assert (args.gpu, args.phase, args.dtype, args.precision) == ("nvidia-h200", ["forward"], ["bfloat16"], ["fast"])
     assert (args.head_dim, args.head_dim_v, args.seqlen, args.batch_heads) == ([128], [64], [4096], [32])
     assert args.causal is False
+
+
+@pytest.mark.parametrize("queries, heads", ((1, 8), (4, 32)))
+def test_tune_command_of_a_cache_names_the_queries_that_share_a_key(queries, heads):
+    from lla_compile.tune import _parser, _specs
+    from lla_compile.tuner.presets import PRESETS
+
+    spec = replace(LLASpec.decoding("bfloat16", 64, 1024, 8, group_size=8), seqlen_q=queries)
+    command = tune_command(spec, GPU)
+    assert f"--phase decode --dtype bfloat16 --head-dim 64 --seqlen 1024 --batch-heads {heads} " in command
+    assert command.endswith(f"--group {8 * queries}")
+    (tuned,) = _specs(_parser().parse_args(command.split()[3:]), PRESETS["full", "gpu"])
+    assert key_of(tuned) == key_of(spec)
 
 
 def test_a_miss_is_reported_once_and_louder_with_distance(caplog):

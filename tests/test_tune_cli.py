@@ -39,7 +39,7 @@ def landscape(monkeypatch):
     """A synthetic backend in the place of the eager one, and its clock."""
     fake = Landscape()
     monkeypatch.setattr(backends, "get", lambda name: fake)
-    monkeypatch.setattr(evaluate, "timer_for", lambda device, l2_bytes: LandscapeTimer(fake))
+    monkeypatch.setattr(evaluate, "timer_for", lambda device, info: LandscapeTimer(fake))
     return fake
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from tune_landscape import SPEC, problem
 
+from lla_compile.devices import resolve
 from lla_compile.key import Bucket, bucket_of_spec
 from lla_compile.precision import error_limit
+from lla_compile.tuner import timing
 from lla_compile.tuner.held_out import held_out
 from lla_compile.tuner.presets import PRESETS
 from lla_compile.tuner.problem import normal_tensors
@@ -79,8 +81,26 @@ def test_launches_are_timed_in_turns_within_the_budget():
 def test_validity_is_the_bucket_and_similar_batches():
     bucket = bucket_of_spec(LONG)
     assert bucket == Bucket(4096, 8)
-    assert validity(bucket) == {"seqlen": (3072, 6143), "batch_heads": (2, 128)}
-    assert validity(Bucket(1024, 2))["batch_heads"] == (1, 32)
+    for phase in ("forward", "backward"):
+        assert validity(bucket, phase) == {"seqlen": (3072, 6143), "batch_heads": (2, 128)}
+        assert validity(Bucket(1024, 2), phase)["batch_heads"] == (1, 32)
+
+
+def test_decoding_plans_stand_in_for_longer_caches_and_larger_batches_but_not_for_smaller():
+    assert validity(Bucket(4096, 8), "decode") == {"seqlen": (3072, 12287), "batch_heads": (6, 23)}
+    assert validity(Bucket(1024, 1), "decode")["batch_heads"] == (1, 2)
+    grid = [validity(Bucket(1024, heads), "decode")["batch_heads"] for heads in (8, 32, 128, 512)]
+    assert all(low == high + 1 for (_, high), (low, _) in zip(grid, grid[1:]))  # every fourth bucket leaves no gap
+
+
+def test_a_gpu_is_kept_busy_and_its_cache_emptied_before_each_launch(monkeypatch):
+    asked = []
+    monkeypatch.setattr(timing, "CudaTimer", lambda device, flush_bytes: asked.append(flush_bytes))
+    timing.timer_for(torch.device("cuda"), resolve("h200"))
+    unknown = replace(resolve("h200"), bandwidth_gbs=0.0, l2_bytes=1 << 30)
+    timing.timer_for(torch.device("cuda"), unknown)
+    assert asked == [int(0.4e-3 * 4800e9), 2 << 30]
+    assert isinstance(timing.timer_for(torch.device("cpu"), resolve("cpu")), CpuTimer)
 
 
 def test_out_is_a_file_or_a_directory(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import optuna
-from tune_landscape import BEST, BLOCKS, SPEC, Landscape, problem
+from tune_landscape import BEST, BLOCKS, ITERATIONS, SPEC, Landscape, problem
 
 from lla_compile.plans import KernelConfig
 from lla_compile.tuner.space import SearchSpace
@@ -22,6 +22,28 @@ def test_the_space_holds_the_default_and_goes_to_parameters_and_back():
     assert space.config({k: v for k, v in parameters.items() if k != "backend"}) == odd  # there is only one
     assert space.config({k: v for k, v in parameters.items() if k != "eager.block_q"}) is None
     assert space.digest({"torch": "1"}) == space.digest({"torch": "1"}) != space.digest({"torch": "2"})
+
+
+def test_the_nearest_configuration_of_a_space():
+    space = SearchSpace.joint(SPEC, problem().device, {"eager": Landscape(extra_knobs={"num_splits": (1, 4, 16)})})
+    inside = replace(BEST, num_splits=4)
+    assert space.nearest(inside) == inside
+    assert space.nearest(replace(inside, num_splits=64, block_q=48)) == replace(inside, num_splits=16)
+    assert space.nearest(replace(inside, num_splits=2)).num_splits == 1
+    for foreign in (BEST, replace(inside, num_warps=4), replace(inside, backend="b"), replace(inside, schedule="x")):
+        assert space.nearest(foreign) is None
+
+
+def test_schedules_with_few_feasible_configurations_are_seen_early():
+    class Lopsided(Landscape):
+        def infeasible(self, spec, config, device):
+            return None if config.schedule == "split" or config.block_q == config.block_k == 16 else "too large"
+
+    space = SearchSpace.joint(SPEC, problem().device, {"eager": Lopsided()})
+    order = list(space.shuffled(0))
+    assert [config.schedule for config in order].count("fused") == len(ITERATIONS)
+    assert {config.schedule for config in order[:2]} == {"fused", "split"}
+    assert len(set(order)) == len(order) == len(ITERATIONS) * (1 + len(BLOCKS) ** 2)
 
 
 def test_the_order_of_a_space_is_random_complete_and_lazy():

@@ -373,6 +373,11 @@ def test_a_tile_of_its_own_for_the_sweep_that_holds_keys():
         ),
         (dict(kv_num_warps=8), "triton fused 64x64, 4 warps, 2 stages, 32 CG; kv 64x64, 8 warps, 2 stages"),
         (dict(kv_block_q=64), "triton fused 64x64, 4 warps, 2 stages, 32 CG"),
+        (dict(num_splits=1, block_d=64), "triton fused 64x64, 4 warps, 2 stages, 32 CG"),
+        (
+            dict(schedule="gram", block_q=1, num_splits=16, block_d=64),
+            "triton gram 1x64, 4 warps, 2 stages, 16 splits, block_d 64, 32 CG",
+        ),
     ],
 )
 def test_a_plan_in_a_few_words(knobs, text):

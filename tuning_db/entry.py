@@ -111,6 +111,7 @@ class Entry:
     def order(self) -> tuple:
         """Sort key of the entries of a file: by slot, field by field."""
         values = [getattr(self.key, f.name) for f in fields(self.key)]
+        values = [0 if value is None else value for value in values]
         return (*values, self.tuned.seqlen, self.tuned.batch_heads)
 
 

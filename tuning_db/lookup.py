@@ -141,7 +141,7 @@ def _why_none(query: _Query) -> str:
     asked = query.key.as_dict()
 
     def differences(entry: Entry) -> list[str]:
-        fields = entry.key.as_dict().items()
+        fields = ((name, value) for name, value in entry.key.as_dict().items() if name in asked)
         return [f"{name} {value}, not {asked[name]}" for name, value in fields if value != asked[name]]
 
     nearest = min(own, key=lambda entry: (len(differences(entry)), query.distance(entry)))

@@ -42,9 +42,10 @@ class Evaluator:
         self._problem = problem
         self._backends = backends
         self._preset = preset
-        self._timer = timer or timer_for(problem.torch_device, problem.device.l2_bytes)
+        self._timer = timer or timer_for(problem.torch_device, problem.device)
         self._timed = Case(problem.spec, problem.torch_device, "timed", self._bind_forward)
         self._held_out = held_out(problem, self._bind_forward, preset.error_seqlen, preset.error_heads)
+        self._ridges = preset.error_ridges_of(problem.spec.phase)
         self._warm = False
 
     def specs(self) -> tuple[LLASpec, ...]:
@@ -105,7 +106,7 @@ class Evaluator:
     def _prepare(self) -> None:
         """Make what all configurations share, so that none of them is blamed for it."""
         self._timed.inputs(TIMED_RIDGE)
-        for case, ridge in itertools.product(self._held_out, self._preset.error_ridges):
+        for case, ridge in itertools.product(self._held_out, self._ridges):
             case.reference(ridge)
 
     def _check(self, config: KernelConfig, wanted: tuple[str, ...]) -> Outcome:
@@ -113,10 +114,10 @@ class Evaluator:
         worst = Outcome(Kind.OK, error=0.0, error_limit=math.inf)
         for case in self._held_out:
             executable = self._bind(case.spec, config)
-            for ridge in self._preset.error_ridges:
-                name, error = case.worst(executable(case.inputs(ridge), wanted), ridge)
+            for ridge in self._ridges:
+                name, error = case.worst(executable(_inputs(case, ridge, executable), wanted), ridge)
                 limit = case.limit(ridge)
-                where = f"N {case.spec.seqlen_q}, ridge {ridge:g}"
+                where = f"N {case.spec.seqlen_k}, ridge {ridge:g}"
                 if not math.isfinite(error):
                     return Outcome(Kind.WRONG, f"{name} is not finite ({where})", error_limit=limit)
                 if error > limit:
@@ -136,7 +137,7 @@ class Evaluator:
 
     def _launch(self, config: KernelConfig) -> Launch:
         executable = self._bind(self._problem.spec, config)
-        inputs, wanted = self._timed.inputs(TIMED_RIDGE), self._timed.ordinary
+        inputs, wanted = _inputs(self._timed, TIMED_RIDGE, executable), self._timed.ordinary
         return lambda: executable(inputs, wanted)
 
     def _require_device(self, outcome: Outcome) -> None:
@@ -147,6 +148,21 @@ class Evaluator:
                 torch.cuda.empty_cache()
         except RuntimeError as error:
             raise DeviceLost(outcome.message or one_line(error)) from error
+
+
+def _inputs(case: Case, ridge: float, executable: Executable) -> dict[str, object]:
+    """What an executable is called with.
+
+    A decoding step gets its output and workspace from the caller, as a server gives them; they are filled with NaN, so
+    that what is read but never written shows.
+    """
+    inputs = case.inputs(ridge)
+    if case.spec.phase != "decode":
+        return inputs
+    q, v = inputs["q"], inputs["v"]
+    out = q.new_full((*q.shape[:3], v.shape[3]), math.nan)
+    workspace = q.new_full((executable.workspace_numel,), math.nan, dtype=torch.float32)
+    return inputs | {"out": out, "workspace": workspace}
 
 
 def synchronize(device: torch.device) -> None:

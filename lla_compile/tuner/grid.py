@@ -1,4 +1,4 @@
-"""The keys and sizes that one command tunes."""
+"""The keys and sizes that one command tunes for a phase."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class Grid:
 
     Attributes:
         head_dims_v: widths of the value; empty makes it follow the query's width.
+        groups: query heads that share a key head, for phase "decode" alone; they must divide ``batch_heads``.
     """
 
-    phases: tuple[str, ...]
+    phase: str
     dtypes: tuple[str, ...]
     head_dims: tuple[int, ...]
     head_dims_v: tuple[int, ...]
@@ -24,6 +25,14 @@ class Grid:
     batch_heads: tuple[int, ...]
     precisions: tuple[str, ...]
     causal: tuple[bool, ...]
+    groups: tuple[int, ...]
+
+    @property
+    def indivisible(self) -> list[tuple[int, int]]:
+        """The pairs of heads and group that :meth:`specs` leaves out, since the one is no multiple of the other."""
+        if self.phase != "decode":
+            return []
+        return [(heads, group) for heads in self.batch_heads for group in self.groups if heads % group]
 
     def specs(self) -> list[LLASpec]:
         """One spec for each combination.
@@ -32,12 +41,15 @@ class Grid:
             ValueError: a value is not allowed; the message names it.
         """
         combinations = itertools.product(
-            self.phases, self.dtypes, self.causal, self.head_dims, self.head_dims_v or (None,), self.precisions,
-            self.seqlens, self.batch_heads,
+            self.dtypes, self.causal, self.head_dims, self.head_dims_v or (None,), self.precisions,
+            self.groups if self.phase == "decode" else (1,), self.seqlens, self.batch_heads,
         )  # fmt: skip
-        return [
-            LLASpec.self_attention(
-                dtype, head_dim, seqlen, heads, head_dim_v, phase=phase, is_causal=causal, precision=precision
-            )
-            for phase, dtype, causal, head_dim, head_dim_v, precision, seqlen, heads in combinations
-        ]
+        specs = []
+        for dtype, causal, head_dim, head_dim_v, precision, group, seqlen, heads in combinations:
+            sizes = dtype, head_dim, seqlen, heads, head_dim_v
+            fields = {"is_causal": causal, "precision": precision}
+            if self.phase != "decode":
+                specs.append(LLASpec.self_attention(*sizes, phase=self.phase, **fields))
+            elif heads % group == 0:
+                specs.append(LLASpec.decoding(*sizes, group_size=group, **fields))
+        return specs

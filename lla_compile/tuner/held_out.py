@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Mapping
+from typing import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from lla_compile.autograd import GRADIENTS
 from lla_compile.precision import error_limit
 from lla_compile.reference import lla_reference, lla_reference_backward
 from lla_compile.spec import LLASpec
-from lla_compile.tuner.errors import relative_errors
+from lla_compile.tuner.errors import relative_error, relative_errors
 from lla_compile.tuner.problem import BindForward, Case, Problem
 
 # Taken off the length of the held-out inputs to leave ragged tiles behind: 1024 becomes the odd 999.
 _RAGGED = 25
+
+# Keys of the sequences of a ragged cache, beside as many as a key is wide and as many as there are slots: a single
+# key's value comes back exactly, and up to the width of a key their covariance has no full rank.
+_FEW_KEYS = (1, 2, 17)
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,12 @@ class HeldOut(Case):
     @property
     def checked(self) -> tuple[str, ...]:
         """The outputs that have a reference."""
-        return ("out",) if self.spec.phase == "forward" else GRADIENTS
+        return GRADIENTS if self.spec.phase == "backward" else ("out",)
 
     def reference(self, ridge: float) -> dict[str, Tensor]:
         """What ``checked`` should be, in float64; of dscale the sum over the rows. Computed once for each ridge."""
         if ridge not in self._references:
-            self._references[ridge] = _reference(self.spec, self.inputs(ridge))
+            self._references[ridge] = _reference(self.spec, self.inputs(ridge), self.seqlens)
         return self._references[ridge]
 
     def limit(self, ridge: float) -> float:
@@ -40,8 +45,15 @@ class HeldOut(Case):
         return error_limit(self.spec.dtype, self.spec.precision, ridge, self.spec.phase)
 
     def errors(self, outputs: Mapping[str, Tensor], ridge: float) -> dict[str, float]:
-        """:func:`relative_error` of every output."""
-        return relative_errors(outputs, self.reference(ridge))
+        """:func:`relative_error` of every output; where lengths differ, of that of every sequence."""
+        references = self.reference(ridge)
+        if self.seqlens is None:
+            return relative_errors(outputs, references)
+        return {
+            f"{name} of {length} keys": relative_error(x[sequence], references[name][sequence])
+            for name, x in outputs.items()
+            for sequence, length in enumerate(self.seqlens)
+        }
 
     def worst(self, outputs: Mapping[str, Tensor], ridge: float) -> tuple[str, float]:
         """The output with the largest error, one that is not finite before all others, and its error."""
@@ -57,6 +69,11 @@ def held_out(problem: Problem, bind_forward: BindForward, seqlen: int, heads: in
     """Held-out inputs of the key's own types and widths: one of at most ``seqlen`` keys, one shorter and ragged."""
     seqlen = min(seqlen, problem.spec.seqlen_k)
     heads = min(heads, problem.spec.batch_heads)
+    if problem.spec.phase == "decode":
+        return tuple(
+            HeldOut(spec, problem.torch_device, "held out", bind_forward, seqlens)
+            for spec, seqlens in _caches(problem.spec, seqlen, heads)
+        )
     # A sequence of a few keys has gradients that vanish, whose relative error is noise.
     lengths = {seqlen, max(seqlen - _RAGGED, seqlen // 2 | 1)}
     specs = (
@@ -66,9 +83,23 @@ def held_out(problem: Problem, bind_forward: BindForward, seqlen: int, heads: in
     return tuple(HeldOut(spec, problem.torch_device, "held out", bind_forward) for spec in specs)
 
 
-def _reference(spec: LLASpec, inputs: Mapping) -> dict[str, Tensor]:
+def _caches(spec: LLASpec, seqlen: int, heads: int) -> Iterator[tuple[LLASpec, tuple[int, ...] | None]]:
+    """A full cache of ``seqlen`` slots, and one of an odd number of them whose sequences have lengths of their own."""
+    kv_heads = max(1, heads // spec.group_size)
+    spec = replace(spec, num_heads=kv_heads * spec.group_size, num_kv_heads=kv_heads)
+    yield replace(spec, batch=1, seqlen_k=seqlen), None
+    slots = max(seqlen - _RAGGED, seqlen // 2 | 1)
+    lengths = tuple(min(length, slots) for length in (*_FEW_KEYS, spec.head_dim, slots))
+    yield replace(spec, batch=len(lengths), seqlen_k=slots), lengths
+
+
+def _reference(spec: LLASpec, inputs: Mapping, seqlens: tuple[int, ...] | None) -> dict[str, Tensor]:
     q, k, v, ridge = (inputs[name] for name in ("q", "k", "v", "ridge"))
     options = {"scale": inputs["scale"], "is_causal": spec.is_causal, "window_size": spec.window_size}
-    if spec.phase == "forward":
+    if seqlens is not None:
+        sequences = zip(q, k, v, seqlens)
+        outs = [lla_reference(q[None], k[None, :, :n], v[None, :, :n], ridge, **options) for q, k, v, n in sequences]
+        return {"out": torch.cat(outs)}
+    if spec.phase != "backward":
         return {"out": lla_reference(q, k, v, ridge, **options)}
     return dict(zip(GRADIENTS, lla_reference_backward(inputs["grad_out"], q, k, v, ridge, **options)))

@@ -14,6 +14,8 @@ class Preset:
         head_dims: widths of query and key; the value's width follows unless given.
         seqlens: sequence lengths tuned at.
         batch_heads: batch times query heads tuned at.
+        decode_seqlens, decode_batch_heads: the same for phase "decode".
+        groups: queries that share a key in phase "decode".
         precisions: precision tiers of the grid.
         trials: configurations evaluated for a key; infeasible and repeated ones are free.
         timeout_s: wall-clock budget of a key.
@@ -27,6 +29,7 @@ class Preset:
         error_seqlen: longest sequence of the held-out inputs.
         error_heads: heads of the held-out inputs.
         error_ridges: ridges at which the error is held against its limit.
+        decode_error_ridges: the same for phase "decode".
         lookahead: proposals that compile while one is timed.
     """
 
@@ -34,6 +37,9 @@ class Preset:
     head_dims: tuple[int, ...]
     seqlens: tuple[int, ...]
     batch_heads: tuple[int, ...]
+    decode_seqlens: tuple[int, ...]
+    decode_batch_heads: tuple[int, ...]
+    groups: tuple[int, ...]
     precisions: tuple[str, ...]
     trials: int
     timeout_s: float
@@ -47,7 +53,11 @@ class Preset:
     error_seqlen: int = 1024
     error_heads: int = 4
     error_ridges: tuple[float, ...] = (1.0, 0.1)
+    decode_error_ridges: tuple[float, ...] = (1.0, 0.1, 0.01)
     lookahead: int = 8
+
+    def error_ridges_of(self, phase: str) -> tuple[float, ...]:
+        return self.decode_error_ridges if phase == "decode" else self.error_ridges
 
 
 _GPU_FULL = Preset(
@@ -55,6 +65,9 @@ _GPU_FULL = Preset(
     head_dims=(64, 128),
     seqlens=(1024, 4096, 16384),
     batch_heads=(32,),
+    decode_seqlens=(1024, 4096, 16384, 65536),
+    decode_batch_heads=(8, 32, 128, 512),
+    groups=(1, 4, 8),
     precisions=("accurate", "fast"),
     trials=60,
     timeout_s=600,
@@ -64,6 +77,9 @@ _GPU_QUICK = Preset(
     head_dims=(128,),
     seqlens=(4096,),
     batch_heads=(32,),
+    decode_seqlens=(16384,),
+    decode_batch_heads=(32,),
+    groups=(1,),
     precisions=("accurate",),
     trials=16,
     timeout_s=120,
@@ -74,6 +90,9 @@ _CPU_FULL = Preset(
     head_dims=(64,),
     seqlens=(256, 1024),
     batch_heads=(4,),
+    decode_seqlens=(1024, 4096),
+    decode_batch_heads=(4,),
+    groups=(1, 4),
     precisions=("accurate",),
     trials=20,
     timeout_s=60,
@@ -88,6 +107,9 @@ _CPU_QUICK = Preset(
     head_dims=(32,),
     seqlens=(256,),
     batch_heads=(2,),
+    decode_seqlens=(256,),
+    decode_batch_heads=(2,),
+    groups=(1,),
     precisions=("accurate",),
     trials=8,
     timeout_s=30,

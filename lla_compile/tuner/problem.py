@@ -43,22 +43,24 @@ class Case:
         torch_device: where they are.
         purpose: sets them apart from others of the same spec.
         bind_forward: where saved state comes from.
+        seqlens: in phase "decode" how many slots of the cache each sequence uses, NaN filling the others; None: all.
     """
 
     spec: LLASpec
     torch_device: torch.device
     purpose: str
     bind_forward: BindForward
+    seqlens: tuple[int, ...] | None = None
 
     @property
     def ordinary(self) -> tuple[str, ...]:
         """The outputs of an ordinary call."""
         return lower(self.spec.op, self.spec.phase).ordinary
 
-    def inputs(self, ridge: float) -> dict[str, Tensor | float]:
+    def inputs(self, ridge: float) -> dict[str, Tensor | float | None]:
         """All that an executable of the spec reads, by name."""
         inputs = self._tensors | {"ridge": ridge, "scale": self.spec.head_dim**-0.5}
-        if self.spec.phase == "forward":
+        if self.spec.phase != "backward":
             return inputs
         if ridge not in self._saved:
             # Solved to the tolerance of its own phase, as in a call that names none.
@@ -68,8 +70,16 @@ class Case:
         return inputs | self._saved[ridge]
 
     @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return normal_tensors(self.spec, self.torch_device, self.purpose)
+    def _tensors(self) -> dict[str, Tensor | None]:
+        tensors = normal_tensors(self.spec, self.torch_device, self.purpose)
+        if self.spec.phase != "decode":
+            return tensors
+        if self.seqlens is None:
+            return tensors | {"seqlens": None}
+        for sequence, length in enumerate(self.seqlens):
+            tensors["k"][sequence, :, length:] = float("nan")
+            tensors["v"][sequence, :, length:] = float("nan")
+        return tensors | {"seqlens": torch.tensor(self.seqlens, dtype=torch.int32, device=self.torch_device)}
 
     @cached_property
     def _saved(self) -> dict[float, dict[str, Tensor]]:

@@ -117,7 +117,8 @@ class Search:
         """Search until the budget is spent, then decide; None if no configuration is correct.
 
         Args:
-            enqueue: tried right after the heuristic default, and before the first random ones, when the study is new.
+            enqueue: tried right after the heuristic default, and before the first random ones, when the study is new;
+                each as near as the space comes to it.
 
         Raises:
             DeviceLost, KeyboardInterrupt: finished trials are recorded, those in flight are failed.
@@ -125,7 +126,8 @@ class Search:
         self._study.fail_stale()
         if self._study.is_new:
             at_random = itertools.islice(self._untried, STARTUP_TRIALS)
-            self._study.enqueue(dict.fromkeys([self._space.default(), *enqueue, *at_random]))
+            near = filter(None, map(self._space.nearest, enqueue))
+            self._study.enqueue(dict.fromkeys([self._space.default(), *near, *at_random]))
         elif (decision := self._study.decision()) and decision.trials >= self._budget.trials:
             return decision  # nothing is left to do, and timing again could swap two equals
         try:

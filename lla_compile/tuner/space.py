@@ -60,6 +60,13 @@ class SearchSpace:
         unknown = config.as_dict().keys() - {"backend"} - knobs.keys()
         return not unknown and all(getattr(config, knob) in values for knob, values in knobs.items())
 
+    def nearest(self, config: KernelConfig) -> KernelConfig | None:
+        """The configuration of the space that differs from ``config`` only where the space lacks a number, and there
+        by the least factor; None if something else is missing."""
+        values = {knob: _nearest(getattr(config, knob), x) for knob, x in self.knobs.get(config.backend, {}).items()}
+        near = replace(config, **values)
+        return near if self.contains(near) else None
+
     def parameters(self, config: KernelConfig) -> dict:
         """The study's parameters that :meth:`suggest` turns into ``config``."""
         knobs = {f"{config.backend}.{knob}": getattr(config, knob) for knob in self.knobs[config.backend]}
@@ -72,24 +79,36 @@ class SearchSpace:
         return None if _MISSING in (name, *knobs.values()) else KernelConfig(backend=name, **knobs)
 
     def shuffled(self, seed: int) -> Iterator[KernelConfig]:
-        """Every configuration that breaks no limit, one by one in random order: none is looked at before its turn."""
-        sizes = {name: math.prod(map(len, knobs.values())) for name, knobs in self.knobs.items()}
-        for index in _permutation(sum(sizes.values()), random.Random(seed)):
-            config = self._at(index, sizes)
+        """Every configuration that breaks no limit, one by one in random order: none is looked at before its turn.
+
+        Backends and schedules take turns, as long as they last: one with few feasible configurations is seen early
+        too.
+        """
+        generator = random.Random(seed)
+        orders = [
+            self._in_random_order(name, {**knobs, "schedule": (schedule,)}, random.Random(generator.random()))
+            for name, knobs in self.knobs.items()
+            for schedule in knobs["schedule"]
+        ]
+        generator.shuffle(orders)
+        while orders:
+            for order in list(orders):
+                config = next(order, None)
+                if config is None:
+                    orders.remove(order)
+                else:
+                    yield config
+
+    def _in_random_order(self, name: str, knobs: Knobs, generator: random.Random) -> Iterator[KernelConfig]:
+        """The feasible ones of a backend's configurations that ``knobs`` span."""
+        for index in _permutation(math.prod(map(len, knobs.values())), generator):
+            chosen = {}
+            for knob, values in knobs.items():
+                index, place = divmod(index, len(values))
+                chosen[knob] = values[place]
+            config = KernelConfig(backend=name, **chosen)
             if self.infeasible(config) is None:
                 yield config
-
-    def _at(self, index: int, sizes: Mapping[str, int]) -> KernelConfig:
-        """The configuration at ``index`` of all, backend by backend."""
-        for name, knobs in self.knobs.items():
-            if index < sizes[name]:
-                break
-            index -= sizes[name]
-        chosen = {}
-        for knob, values in knobs.items():
-            index, place = divmod(index, len(values))
-            chosen[knob] = values[place]
-        return KernelConfig(backend=name, **chosen)
 
     def digest(self, toolchain: Mapping) -> str:
         """Hash of all that makes earlier trials comparable: kernel sources, knobs and toolchain."""
@@ -129,6 +148,14 @@ def usable_backends(spec: LLASpec, device: DeviceInfo, requested: Sequence[str] 
     if not usable:
         raise ValueError(f"no backend can run {spec.describe()} on {device.id}: {'; '.join(refused)}")
     return usable
+
+
+def _nearest(value, values: Sequence):
+    """``value`` if it is among ``values`` or no number, else the one of them that is the least factor away."""
+    numbers = [x for x in values if type(x) is int]
+    if value in values or type(value) is not int or not numbers:
+        return value
+    return min(numbers, key=lambda x: abs(math.log2(x / value)))
 
 
 def _only(values: Collection):

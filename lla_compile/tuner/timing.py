@@ -8,9 +8,13 @@ from typing import Callable, Protocol, Sequence
 
 import torch
 
+from lla_compile.devices import DeviceInfo
+
 Launch = Callable[[], object]
 
-# Clearing this much also keeps the GPU busy while the host enqueues the launch: 60 us at 4 TB/s.
+# A GPU is kept busy for so long before each launch that it need not wait for the host, which takes 0.2 ms and more to
+# enqueue a backward pass, and 20 to 60 us to enqueue a decoding step that itself may take no longer.
+_HEAD_START_MS = 0.4
 _MIN_FLUSH_BYTES = 256 << 20
 
 
@@ -43,15 +47,20 @@ class CpuTimer:
 
 
 class CudaTimer:
-    """Time between two events around a launch that finds nothing of its inputs in the second-level cache."""
+    """Time between two events around a launch that finds nothing of its inputs in the second-level cache.
 
-    def __init__(self, device: torch.device, l2_bytes: int):
-        self._flush = torch.empty(max(2 * l2_bytes, _MIN_FLUSH_BYTES), dtype=torch.uint8, device=device)
+    The cache is emptied by reading ``flush_bytes`` of something else: writing would leave it full of lines that have
+    to go back to memory during the launch, 10 us of it on an H200.
+    """
+
+    def __init__(self, device: torch.device, flush_bytes: int):
+        self._flush = torch.zeros(flush_bytes // 4, dtype=torch.float32, device=device)
+        self._sum = torch.zeros((), dtype=torch.float32, device=device)
         self._start = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
 
     def once(self, launch: Launch) -> float:
-        self._flush.zero_()
+        torch.sum(self._flush, dim=0, out=self._sum)
         self._start.record()
         launch()
         self._end.record()
@@ -59,8 +68,11 @@ class CudaTimer:
         return self._start.elapsed_time(self._end)
 
 
-def timer_for(device: torch.device, l2_bytes: int) -> Timer:
-    return CudaTimer(device, l2_bytes) if device.type == "cuda" else CpuTimer()
+def timer_for(device: torch.device, info: DeviceInfo) -> Timer:
+    if device.type != "cuda":
+        return CpuTimer()
+    head_start_bytes = int(_HEAD_START_MS * 1e6 * info.bandwidth_gbs)
+    return CudaTimer(device, max(_MIN_FLUSH_BYTES, 2 * info.l2_bytes, head_start_bytes))
 
 
 def warm_up(timer: Timer, launch: Launch, milliseconds: float) -> None:

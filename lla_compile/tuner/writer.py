@@ -33,7 +33,7 @@ def make_entry(
         result["default_ms"] = round(decision.default_ms, 6)
     return Entry(
         key=key_of(problem.spec),
-        valid=validity(bucket),
+        valid=validity(bucket, problem.spec.phase),
         tuned=bucket,
         config=decision.config,
         provenance="measured",
@@ -49,8 +49,18 @@ def make_entry(
     )
 
 
-def validity(bucket: Bucket) -> dict[str, tuple[int, int]]:
-    """Where a plan may stand in: its own bucket of lengths, and batches that fill the device about as well."""
+def validity(bucket: Bucket, phase: str) -> dict[str, tuple[int, int]]:
+    """Where a plan may stand in: its own bucket of lengths, and batches that fill the device about as well.
+
+    A decoding plan cuts the keys into as many parts as fill the device. Longer caches and larger batches keep it full,
+    so that it may stand in for the next larger bucket of both; smaller ones would leave it idle.
+    """
+    if phase == "decode":
+        larger = Bucket(2 * bucket.seqlen, 2 * bucket.batch_heads)
+        return {
+            "seqlen": (bucket.seqlen_range()[0], larger.seqlen_range()[1]),
+            "batch_heads": (bucket.batch_heads_range()[0], larger.batch_heads_range()[1]),
+        }
     return {
         "seqlen": bucket.seqlen_range(),
         "batch_heads": (max(1, bucket.batch_heads // 4), bucket.batch_heads * 16),
@@ -92,7 +102,7 @@ def neighbours(problem: Problem, limit: int = 3) -> list[KernelConfig]:
     key, bucket = key_of(problem.spec), bucket_of_spec(problem.spec)
 
     def distance(entry: Entry) -> tuple:
-        differing = sum(entry.key.as_dict()[name] != value for name, value in key.as_dict().items())
+        differing = sum(getattr(entry.key, name) != value for name, value in key.as_dict().items())
         return differing, entry.tuned.distance(bucket)
 
     entries: list[Entry] = []
