@@ -18,7 +18,13 @@ NAMES = ("triton", "eager")
 
 
 class Executable(Protocol):
-    """A plan bound to everything but the tensors: calling it launches work and never waits for it."""
+    """A plan bound to everything but the tensors: calling it launches work and never waits for it.
+
+    Attributes:
+        workspace_numel: in phase "decode", how many float32 numbers a call wants as scratch memory; 0 for none.
+    """
+
+    workspace_numel: int
 
     def __call__(
         self, inputs: Mapping[str, torch.Tensor | float], wanted: tuple[str, ...]
@@ -26,9 +32,16 @@ class Executable(Protocol):
         """Compute outputs of the plan's sweeps (see :class:`lla_compile.sweeps.SweepList`).
 
         Args:
-            inputs: by name. The row and key inputs of the sweeps, with a last stride of 1; what is given, laid out as
+            inputs: by name. In phases "forward" and "backward", the row and key inputs of the sweeps, with a last stride of 1; what is given, laid out as
                 :func:`lla_compile.storage.layout` does; ``ridge``, a number or a (B, Hq, N) tensor; ``scale``, a
                 number or a 0-dim tensor; ``cu_seqlens_q`` and ``cu_seqlens_k``, int32, if sequences are packed.
+                In phase "decode", with last strides of 1: ``q`` (B, Hq, Nq, D); ``k`` and ``v``, (B, Hkv, M, width) or
+                pages (pages, Hkv, page_size, width) in any order of the other strides; ``ridge`` and ``scale`` as
+                above; ``seqlens``, contiguous int32 (B,), or None where every sequence has ``spec.seqlen_k`` keys,
+                clamped to that by the backend; ``block_table``, contiguous int32 (B, pages of a sequence), if
+                there are pages; and if the caller gave them ``out`` (B, Hq, Nq, Dv) to write into, and ``workspace``,
+                1-D, at least ``workspace_numel`` long. Query i sees keys j <= seqlens[b] - Nq + i, with a window the
+                last of them; a query that sees none gives zeros. Slots and pages that no query sees hold anything.
             wanted: the outputs to compute; nothing that only others depend on is.
 
         Returns:

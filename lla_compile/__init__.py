@@ -2,18 +2,23 @@
 
 from lla_compile.attention import SolveInfo, lla_attention, lla_attention_varlen, plan
 from lla_compile.autograd import AdjointInfo
+from lla_compile.decode import lla_decode, lla_decode_workspace
 from lla_compile.dispatch import clear_cache
+from lla_compile.gram import GramState
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
 __version__ = "0.1.0"
 __all__ = [
     "AdjointInfo",
+    "GramState",
     "LLASpec",
     "Plan",
     "SolveInfo",
     "clear_cache",
     "lla_attention",
     "lla_attention_varlen",
+    "lla_decode",
+    "lla_decode_workspace",
     "plan",
 ]

@@ -34,59 +34,79 @@ def check_tensors(q, k, v) -> None:
         NotImplementedError: a sparse or nested tensor.
     """
     named = {"q": q, "k": k, "v": v}
+    check_each(named, _AXES)
+    check_together(named)
+    for name, x in named.items():
+        if x.shape[0] != q.shape[0]:
+            raise ValueError(f"q, k and v must have one batch size, got q {q.shape[0]} and {name} {x.shape[0]}")
+    if v.shape[2] != k.shape[2]:
+        raise ValueError(f"k and v must have the same seqlen, got k {k.shape[2]} and v {v.shape[2]}")
+
+
+def check_each(named: dict, axes: str) -> None:
+    """Raise unless all are dense 4-D tensors of a supported dtype; ``axes`` is what the axes should be."""
     for name, x in named.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if x.layout != torch.strided or x.is_nested:
             raise NotImplementedError(f"{name} must be a dense tensor, got layout {x.layout}")
         if x.dtype not in _DTYPES:
-            raise TypeError(f"{name} must have dtype {', '.join(DTYPES)}, got {_name(x.dtype)}")
+            raise TypeError(f"{name} must have dtype {', '.join(DTYPES)}, got {dtype_name(x)}")
         if x.dim() != 4:
-            raise ValueError(f"{name} must be 4-D {_AXES}, got shape {tuple(x.shape)}")
+            raise ValueError(f"{name} must be 4-D {axes}, got shape {tuple(x.shape)}")
+
+
+def check_together(named: dict[str, torch.Tensor]) -> None:
+    """Raise unless query, key and value, in this order and (_, heads, _, width), fit but for their other axes."""
+    (query, q), (key, k), (value, v) = named.items()
+    names = f"{query}, {key} and {value}"
     for name, x in named.items():
         if x.dtype != q.dtype:
-            raise TypeError(f"q, k and v must have one dtype, got q {_name(q.dtype)} and {name} {_name(x.dtype)}")
+            raise TypeError(f"{names} must have one dtype, got {query} {dtype_name(q)} and {name} {dtype_name(x)}")
         if x.device != q.device:
-            raise ValueError(f"q, k and v must be on one device, got q on {q.device} and {name} on {x.device}")
-        if x.shape[0] != q.shape[0]:
-            raise ValueError(f"q, k and v must have one batch size, got q {q.shape[0]} and {name} {x.shape[0]}")
+            raise ValueError(f"{names} must be on one device, got {query} on {q.device} and {name} on {x.device}")
         if x.shape[1] < 1:
-            raise ValueError(f"{name} must have at least one head, got shape {tuple(x.shape)}")
+            raise ValueError(f"{name} must have at least one head, got {x.shape[1]}")
         if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
     if k.shape[3] != q.shape[3]:
-        raise ValueError(f"q and k must have one head_dim, got q {q.shape[3]} and k {k.shape[3]}")
+        raise ValueError(f"{query} and {key} must have one head_dim, got {query} {q.shape[3]} and {key} {k.shape[3]}")
     if v.shape[1] != k.shape[1]:
-        raise ValueError(f"k and v must have the same heads, got k {k.shape[1]} and v {v.shape[1]}")
-    if v.shape[2] != k.shape[2]:
-        raise ValueError(f"k and v must have the same seqlen, got k {k.shape[2]} and v {v.shape[2]}")
+        raise ValueError(f"{key} and {value} must have the same heads, got {key} {k.shape[1]} and {value} {v.shape[1]}")
     if q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q must have a multiple of the heads of k (grouped-query attention), got q {q.shape[1]} and k {k.shape[1]}"
+            f"{query} must have a multiple of the heads of {key} (grouped-query attention), "
+            f"got {query} {q.shape[1]} and {key} {k.shape[1]}"
         )
 
 
 def spec_of(q, k, v, options: Options, num_sequences: int | None = None, phase: str = "forward") -> LLASpec:
     """The spec of a call. Raises like :func:`check_tensors`, and as LLASpec does for the options."""
     check_tensors(q, k, v)
+    return make_spec(q, k, v, options, seqlen_k=k.shape[2], num_sequences=num_sequences, phase=phase)
+
+
+def make_spec(q, k, v, options: Options, **fields) -> LLASpec:
+    """The spec of checked tensors (_, heads, _, width) and of options; ``fields`` are what they do not tell.
+
+    Raises as LLASpec does.
+    """
     if not isinstance(options.is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {options.is_causal!r}")
     return LLASpec(
-        dtype=_name(q.dtype),
+        dtype=dtype_name(q),
         head_dim=q.shape[3],
         head_dim_v=v.shape[3],
         batch=q.shape[0],
         num_heads=q.shape[1],
         num_kv_heads=k.shape[1],
         seqlen_q=q.shape[2],
-        seqlen_k=k.shape[2],
         is_causal=options.is_causal,
         window_size=options.window_size,
         precision=options.precision,
         cg_tol=options.cg_tol,
         cg_max_iters=options.cg_max_iters,
-        num_sequences=num_sequences,
-        phase=phase,
+        **fields,
     )
 
 
@@ -104,7 +124,7 @@ def check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k) -> None:
             raise ValueError(f"{name} must be 3-D (total, heads, head_dim), got shape {tuple(x.shape)}")
     for name, x in {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}.items():
         if not isinstance(x, torch.Tensor) or x.dtype != torch.int32:
-            given = _name(x.dtype) if isinstance(x, torch.Tensor) else type(x).__name__
+            given = dtype_name(x) if isinstance(x, torch.Tensor) else type(x).__name__
             raise TypeError(f"{name} must be an int32 tensor, got {given}")
         if x.dim() != 1 or x.shape[0] < 1:
             raise ValueError(f"{name} must be 1-D with one element more than there are sequences, got {tuple(x.shape)}")
@@ -183,7 +203,7 @@ def check_scale_tensor(scale: torch.Tensor, q: torch.Tensor) -> None:
 
 def _check_companion(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
     if not x.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a number or a floating-point tensor, got dtype {_name(x.dtype)}")
+        raise TypeError(f"{name} must be a number or a floating-point tensor, got dtype {dtype_name(x)}")
     if x.device != q.device:
         raise ValueError(f"{name} must be on the device of q, got {name} on {x.device} and q on {q.device}")
 
@@ -192,5 +212,5 @@ def _extremes(x: torch.Tensor) -> str:
     return f"{x.min().item():g} to {x.max().item():g}"
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def dtype_name(x: torch.Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from lla_compile import arguments, autograd, devices, dispatch, ops
+from lla_compile import arguments, autograd, decode_arguments, devices, dispatch, ops
 from lla_compile.arguments import Options
 from lla_compile.autograd import AdjointInfo
 from lla_compile.devices import DeviceInfo
@@ -15,7 +15,6 @@ from lla_compile.lowering import INFO
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _OUT = ("out",)
 _WITH_INFO = ("out", *INFO)
 
@@ -180,11 +179,9 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def _attend(inputs: Inputs, options: Options, return_info: bool) -> torch.Tensor | tuple[torch.Tensor, SolveInfo]:
-    q = inputs.q
     needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
     report = None
-    # Compiled code and tensors that carry no data see the registered operators; the rest is spared their overhead.
-    if torch.compiler.is_compiling() or (q.__class__ not in _PLAIN_TENSORS and isinstance(q, torch.Tensor)):
+    if ops.is_traced(inputs.q):
         out, *info = ops.call(inputs, options, return_info, needs_grad)
     elif needs_grad:
         report = AdjointInfo() if return_info else None
@@ -206,20 +203,25 @@ def plan(
     backend: str | None = None,
     phase: str = "forward",
     scale: float | torch.Tensor | None = None,
+    seqlens: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     return_info: bool = False,
     **options,
 ) -> Plan:
-    """What :func:`lla_attention` would run, and why: ``print(plan(q, k, v))``. Nothing is compiled.
+    """What :func:`lla_attention` or :func:`lla_decode` would run, and why: ``print(plan(q, k, v))``.
+
+    Nothing is compiled.
 
     Args:
         q: a spec, or the queries; with queries go ``k``, ``v`` and the options of :func:`lla_attention`.
-        ridge, scale, return_info: accepted so that a call's arguments can be passed as they are; no plan depends on
-            them.
+        ridge, scale, seqlens, return_info: accepted so that a call's arguments can be passed as they are; no plan
+            depends on them.
         device: where it would run: a torch device, a ``DeviceInfo``, or the id or alias of a listed device such as
             "h200", which need not be in this machine. By default the device of the tensors; for a spec, "cuda" if
             there is one, else "cpu".
         backend: plan for this backend only.
-        phase: with tensors, "forward" or "backward"; a spec has its own.
+        phase: with tensors, "forward", "backward", or "decode" with caches for ``k`` and ``v``; a spec has its own.
+        block_table: as in :func:`lla_decode`, if the caches are paged.
         options: ``is_causal``, ``window_size``, ``precision``, ``cg_tol`` and ``cg_max_iters``, with tensors only.
 
     Raises:
@@ -242,7 +244,10 @@ def plan(
         known = set(Options._fields) - {"backend"}
         if unknown := sorted(set(options) - known):
             raise TypeError(f"plan got an unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-        spec = arguments.spec_of(q, k, v, Options(**options), phase=phase)
+        if phase == "decode":
+            spec = decode_arguments.spec_of(q, k, v, block_table, Options(**options))
+        else:
+            spec = arguments.spec_of(q, k, v, Options(**options), phase=phase)
         device = device or q.device
     return dispatch.make_plan(spec, _device_info(device), backend)
 

@@ -37,7 +37,7 @@ class Arguments(NamedTuple):
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options) -> Arguments:
-        ridge, scale = _number_or_tensor(inputs.ridge), _number_or_tensor(inputs.scale)
+        ridge, scale = number_or_tensor(inputs.ridge), number_or_tensor(inputs.scale)
         return cls(*inputs[:3], *ridge, *scale, *inputs[5:], *options)
 
     @property
@@ -51,7 +51,8 @@ class Arguments(NamedTuple):
         return Options(*self[9:])
 
 
-def _number_or_tensor(x):
+def number_or_tensor(x) -> tuple:
+    """``x`` as the two arguments of a schema that stand for it, (number, tensor), one of them None."""
     return (None, x) if isinstance(x, torch.Tensor) else (x, None)
 
 

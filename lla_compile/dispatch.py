@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from lla_compile import arguments, backends, planner, storage
+from lla_compile import arguments, backends, decode_arguments, planner, storage
 from lla_compile.arguments import Options
 from lla_compile.lowering import lower
 from lla_compile.plans import Plan
@@ -37,6 +37,20 @@ class Inputs(NamedTuple):
     scale: float | torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
+
+
+class DecodeInputs(NamedTuple):
+    """The tensors of a decoding step, as :func:`lla_compile.lla_decode` takes them."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    ridge: float | torch.Tensor
+    scale: float | torch.Tensor | None
+    seqlens: torch.Tensor | None = None
+    block_table: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    workspace: torch.Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -111,31 +125,95 @@ def run(
     if call is None:
         call = _prepare(key, arguments.spec_of(q, k, v, options, num_sequences, phase), q.device, options.backend)
 
-    if ridge.__class__ is float:
-        check_ridge(ridge)
-    elif isinstance(ridge, torch.Tensor):
-        ridge = arguments.ridge_rows(ridge, q, settings().debug)
-    else:
-        ridge = arguments.ridge_number(ridge)
-    if scale is None:
-        scale = call.scale
-    elif isinstance(scale, torch.Tensor):
-        arguments.check_scale_tensor(scale, q)
-    else:
-        scale = arguments.scale_number(scale)
-
     # A size-1 axis passes for contiguous whatever its stride, and then only its element 0 is read.
     named = {
         "q": q if q.stride(3) == 1 else q.contiguous(),
         "k": k if k.stride(3) == 1 else k.contiguous(),
         "v": v if v.stride(3) == 1 else v.contiguous(),
-        "ridge": ridge,
-        "scale": scale,
+        "ridge": _ridge(ridge, q),
+        "scale": call.scale if scale is None else _scale(scale, q),
     }
     if num_sequences is not None:
         named |= _ends(cu_seqlens_q, cu_seqlens_k, q, k)
     if given is not None:
         named |= given
+    return _launch(call, named, wanted)
+
+
+def run_decode(inputs: DecodeInputs, options: Options, wanted: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
+    """Run one decoding step on concrete tensors; arguments as :func:`run` has them, ``out`` is written if given."""
+    q, k_cache, v_cache, ridge, scale, seqlens, block_table, out, workspace = inputs
+    call = _decode_call(q, k_cache, v_cache, block_table, options)
+    spec = call.plan.spec
+    decode_arguments.check_strides(k_cache, v_cache)
+    named = {
+        "q": q if q.stride(3) == 1 else q.contiguous(),
+        "k": k_cache,
+        "v": v_cache,
+        "seqlens": seqlens,
+        "ridge": _ridge(ridge, q),
+        "scale": call.scale if scale is None else _scale(scale, q),
+    }
+    if block_table is not None:
+        named |= {
+            "k": decode_arguments.heads_first(k_cache, True),
+            "v": decode_arguments.heads_first(v_cache, True),
+            "block_table": block_table.contiguous(),
+        }
+    if seqlens is not None:
+        decode_arguments.check_seqlens(seqlens, q)
+        named["seqlens"] = seqlens.contiguous()
+    if out is not None:
+        decode_arguments.check_out(out, q, spec.head_dim_v)
+        named["out"] = out
+    if workspace is not None:
+        decode_arguments.check_workspace(workspace, q, call.executable.workspace_numel)
+        named["workspace"] = workspace
+    if settings().debug or q.device.type == "cpu":
+        decode_arguments.check_values(seqlens, block_table, k_cache.shape[0], spec)
+    return _launch(call, named, wanted)
+
+
+def decode_workspace_numel(q, k_cache, v_cache, block_table, options: Options) -> int:
+    """How many float32 numbers a decoding step wants as a workspace."""
+    return _decode_call(q, k_cache, v_cache, block_table, options).executable.workspace_numel
+
+
+def _decode_call(q, k_cache, v_cache, block_table, options: Options) -> Call:
+    call = None
+    try:
+        table = None if block_table is None else (block_table.shape, block_table.dtype, block_table.device)
+        key = (
+            "decode", q.shape, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype,
+            q.device, k_cache.device, v_cache.device, q.layout, k_cache.layout, v_cache.layout, table, options,
+        )  # fmt: skip
+        call = _calls.get(key)
+    except (AttributeError, TypeError, RuntimeError):  # as in run
+        key = None
+    if call is None:
+        spec = decode_arguments.spec_of(q, k_cache, v_cache, block_table, options)
+        call = _prepare(key, spec, q.device, options.backend)
+    return call
+
+
+def _ridge(ridge, q: torch.Tensor) -> float | torch.Tensor:
+    """A checked ridge: a number, or a (B, Hq, N) view."""
+    if ridge.__class__ is float:
+        check_ridge(ridge)
+        return ridge
+    if isinstance(ridge, torch.Tensor):
+        return arguments.ridge_rows(ridge, q, settings().debug)
+    return arguments.ridge_number(ridge)
+
+
+def _scale(scale, q: torch.Tensor) -> float | torch.Tensor:
+    if isinstance(scale, torch.Tensor):
+        arguments.check_scale_tensor(scale, q)
+        return scale
+    return arguments.scale_number(scale)
+
+
+def _launch(call: Call, named: dict, wanted: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
     if call.device_index is None or call.device_index == torch.cuda.current_device():
         return call.executable(named, wanted)
     with torch.cuda.device(call.device_index):
@@ -207,6 +285,8 @@ def _prepare(key, spec: LLASpec, device: torch.device, backend: str | None) -> C
 class _Zeros:
     """The executable where there is nothing to compute: no queries, no keys, or no data at all (meta tensors)."""
 
+    workspace_numel = 0
+
     def __init__(self, spec: LLASpec):
         self._spec = spec
 
@@ -216,7 +296,9 @@ class _Zeros:
         tensors = inputs["q"], inputs["k"], inputs["v"]
         packed = spec.num_sequences is not None
         layouts = {name: storage.layout(program, name, *tensors, spec.precision, packed) for name in wanted}
-        return {name: layout.empty(inputs["q"]).zero_() for name, layout in layouts.items()}
+        results = {name: layout.empty(inputs["q"]) for name, layout in layouts.items() if name not in inputs}
+        results |= {name: inputs[name] for name in wanted if name in inputs}
+        return {name: x.zero_() for name, x in results.items()}
 
 
 def _flag(name: str) -> bool:

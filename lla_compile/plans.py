@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 SCHEDULES = ("fused", "split")
 DECODE_SCHEDULES = ("gram", "fused")
 _TILE_KNOBS = ("block_q", "block_k", "num_warps", "num_stages")
+_GRAM_KNOBS = ("num_splits", "block_d")
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,12 @@ class Plan:
         """Flops (two a multiply-add) outside the CG loop, and of one CG iteration, over the visible pairs.
 
         Counted as the equations have them: splitting operands in `accurate` and masked-out parts of tiles come on top.
+        With `gram` an iteration multiplies the covariance of each query, whatever the number of keys.
         """
+        spec = self.spec
+        if self.config.schedule == "gram":
+            queries = spec.batch_heads * spec.seqlen_q
+            return 2.0 * spec.visible_pairs * self._gram_products, 2.0 * queries * spec.head_dim**2
         outside, iteration = 0.0, 0.0
         program = lower(self.spec.op, self.spec.phase)
         for stage in program.stages:
@@ -142,17 +149,26 @@ class Plan:
                 outside += flops
         return outside, iteration
 
+    @property
+    def _gram_products(self) -> int:
+        """Multiply-adds of a visible pair: its score and its part in the two covariances."""
+        return self.spec.head_dim * (1 + self.spec.head_dim + self.spec.head_dim_v)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that one pass of phase "decode" reads, every sequence being full."""
+        spec = self.spec
+        keys = spec.seqlen_k if spec.window_size is None else min(spec.seqlen_k, spec.window_size + spec.seqlen_q - 1)
+        numbers = spec.batch * spec.num_kv_heads * keys * (spec.head_dim + spec.head_dim_v)
+        return numbers * _ITEM_BYTES[spec.dtype]
+
     def __str__(self) -> str:
         spec, config, device = self.spec, self.config, self.device
         knobs = [f"{name} {value}" for name, value in config.as_dict().items() if name in _TILE_KNOBS]
         knobs += [f"{name} {value}" for name, value in config.as_dict().items() if name.startswith("kv_")]
-        stages = [
-            (sweep_of(stage), " (each CG iteration)" if isinstance(stage, Loop) else "")
-            for stage in lower(spec.op, spec.phase).stages
-            if not (isinstance(stage, Loop) and stage.coarse)
-        ]
-        split = f", operands split until {self.split_tol:g} ||r_0||" if self.split_tol else ""
-        sweeps = ", ".join(f"{sweep.name} {sweep.products}{when}" for sweep, when in stages)
+        gram = config.schedule == "gram"
+        knobs += [f"{name} {value}" for name, value in config.as_dict().items() if name in _GRAM_KNOBS]
+        split = f", operands split until {self.split_tol:g} ||r_0||" if self.split_tol and not gram else ""
         outside, iteration = self.flops
         work = f"{_flop(outside)} + {_flop(iteration)} a CG iteration"
         source = self.source.value + (f", {self.distance:.1f} octaves away" if self.distance else "")
@@ -164,7 +180,7 @@ class Plan:
             ("CG", f"until ||r|| <= {spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations{split}"),
             ("source", source),
             ("reason", self.reason),
-            ("sweeps", f"{sweeps}: tile products per visible pair"),
+            self._sweeps_line(),
             ("work", f"{_count(spec.visible_pairs)} visible pairs, {work}"),
         ]
         if device.tensor_tflops:
@@ -173,8 +189,27 @@ class Plan:
             floor = f"{_seconds(outside / peak)} + {_seconds(iteration / peak)} a CG iteration"
             peak_text = f"{device.tensor_tflops:g} TFLOP/s bf16 peak"
             lines.append(("floor", f"{floor}, {_seconds(total / peak)} at the cap ({peak_text})"))
+        if spec.phase == "decode":
+            passes = "read once" if gram else "read in every sweep"
+            seconds = self.cache_bytes / (device.bandwidth_gbs * 1e9) if device.bandwidth_gbs else 0.0
+            rate = f", {_seconds(seconds)} at {device.bandwidth_gbs:g} GB/s peak" if seconds else ""
+            lines.append(("cache", f"{_bytes(self.cache_bytes)} of keys and values, {passes}{rate}"))
         lines += [("note", note) for note in self.notes]
         return "\n".join(f"{label:<8} {text}" for label, text in lines)
+
+    def _sweeps_line(self) -> tuple[str, str]:
+        spec = self.spec
+        if self.config.schedule == "gram":
+            d, dv = spec.head_dim, spec.head_dim_v
+            terms = f"score {d}, key covariance {d} x {d}, key-value covariance {d} x {dv}"
+            return "pass", f"one, of {terms}: multiply-adds per visible pair; then a solve of {d} x {d} for each query"
+        stages = [
+            (sweep_of(stage), " (each CG iteration)" if isinstance(stage, Loop) else "")
+            for stage in lower(spec.op, spec.phase).stages
+            if not (isinstance(stage, Loop) and stage.coarse)
+        ]
+        sweeps = ", ".join(f"{sweep.name} {sweep.products}{when}" for sweep, when in stages)
+        return "sweeps", f"{sweeps}: tile products per visible pair"
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:
@@ -189,6 +224,10 @@ def _count(count: float) -> str:
 
 def _flop(count: float) -> str:
     return _scaled(count, ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")))
+
+
+def _bytes(count: float) -> str:
+    return _scaled(count, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")))
 
 
 def _seconds(seconds: float) -> str:

@@ -47,6 +47,7 @@ class FakeBackend:
                 made[wanted] = {name: zeros(inputs, name) for name in wanted}
             return made[wanted]
 
+        executable.workspace_numel = 12
         return executable
 
 

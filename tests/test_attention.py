@@ -131,7 +131,7 @@ K = torch.randn(2, 2, 6, 8)
         (TypeError, "one dtype, got q float32 and k float16", dict(k=K.half())),
         (ValueError, "one device, got q on cpu and v on meta", dict(v=K.to("meta"))),
         (ValueError, "one batch size, got q 2 and k 1", dict(k=K[:1])),
-        (ValueError, r"q must have at least one head, got shape \(2, 0, 6, 8\)", dict(q=Q[:, :0])),
+        (ValueError, "q must have at least one head, got 0", dict(q=Q[:, :0])),
         (ValueError, "k must have at least one head", dict(k=K[:, :0])),
         (ValueError, "q must have a head_dim from 1 to 256, got 0", dict(q=Q[..., :0])),
         (ValueError, "v must have a head_dim from 1 to 256, got 264", dict(v=K.repeat(1, 1, 1, 33))),
@@ -184,7 +184,7 @@ def test_plan_of_the_backward_pass():
     given = plan(Q, K, K, phase="backward", cg_max_iters=9)
     assert given.spec == LLASpec("float32", 8, 8, 2, 4, 2, 6, 6, cg_max_iters=9, phase="backward")
     assert "lla backward" in str(given) and "grad_kv 8" in str(given)
-    with pytest.raises(ValueError, match="phase must be one of forward, backward, got 'both'"):
+    with pytest.raises(ValueError, match="phase must be one of forward, backward, decode, got 'both'"):
         plan(Q, K, K, phase="both")
 
 
@@ -216,12 +216,15 @@ def test_examples_in_docstrings():
 def test_public_names():
     assert set(lla_compile.__all__) == {
         "AdjointInfo",
+        "GramState",
         "LLASpec",
         "Plan",
         "SolveInfo",
         "clear_cache",
         "lla_attention",
         "lla_attention_varlen",
+        "lla_decode",
+        "lla_decode_workspace",
         "plan",
     }
     assert lla_compile.plan is plan and lla_compile.__version__

@@ -1,4 +1,4 @@
-"""The eager backend: sweeps interpreted tile by tile in PyTorch, on any device and for any float type."""
+"""The eager backend: sweeps, or for decoding moments, block by block in PyTorch, on any device, for any float type."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ _CG_MAX_ITERS = (16, 24, 32, 48, 64)
 # Iterations that reach the tolerance of (dtype, precision) at ridge 0.1 and head_dim 128; 32 for all others.
 _DEFAULT_CG_MAX_ITERS = {("float32", "accurate"): 64, ("float64", "fast"): 64, ("float64", "accurate"): 256}
 
+_DECODE_BLOCK_K = 128
+
 _TILES_ALIVE = 4  # (rows, keys) matrices that exist at once: two scores, the weights and their rounding
 _WORK_BYTES = 512 << 20
 _CACHE_ELEMENTS = 1 << 20  # of one score tile over all heads: larger ones fall out of a CPU's cache
@@ -40,6 +42,11 @@ class EagerBackend:
         return None
 
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+        if spec.phase == "decode":
+            config = KernelConfig(self.name, "gram", 1, _DECODE_BLOCK_K, cg_max_iters=1, num_splits=1)
+            while self.infeasible(spec, config, device):
+                config = replace(config, block_k=(config.block_k + 1) // 2)
+            return config
         block_q, block_k = 128, 256
         while block_q * block_k * max(spec.batch * spec.num_heads, 1) > _CACHE_ELEMENTS and block_q * block_k > 64 * 64:
             block_q, block_k = block_k // 2, block_q  # 128 x 256, 128 x 128, 64 x 128, 64 x 64
@@ -53,6 +60,14 @@ class EagerBackend:
 
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
         default = self.default_config(spec, device)
+        if spec.phase == "decode":
+            return {
+                "schedule": ("gram",),
+                "block_q": (1,),
+                "block_k": tuple(sorted({*_BLOCKS, default.block_k})),
+                "cg_max_iters": (1,),
+                "num_splits": (1,),
+            }
         return {
             "schedule": SCHEDULES,
             "block_q": tuple(sorted({*_BLOCKS, default.block_q})),
@@ -61,6 +76,10 @@ class EagerBackend:
         }
 
     def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
+        if spec.phase == "decode":
+            return self._infeasible_decoding(spec, config)
+        if config.schedule not in SCHEDULES:
+            return f"schedule {config.schedule} is for decoding"
         item = 8 if spec.dtype == "float64" else 4
         rows, keys = min(config.block_q, spec.seqlen_q), min(config.block_k, spec.seqlen_k)
         heads = spec.batch * spec.num_heads
@@ -72,6 +91,17 @@ class EagerBackend:
             return None
         return f"tiles of all heads need {needed >> 20} MiB at once, allowed are {allowed >> 20} MiB"
 
+    def _infeasible_decoding(self, spec: LLASpec, config: KernelConfig) -> str | None:
+        if config.schedule != "gram":
+            return f"decoding has the schedule gram only, not {config.schedule}"
+        queries = spec.batch * spec.num_heads * spec.seqlen_q
+        weighted = 8 * queries * spec.head_dim * min(config.block_k, spec.seqlen_k)
+        moments = 8 * queries * spec.head_dim * (spec.head_dim + spec.head_dim_v)
+        allowed = max(_WORK_BYTES, moments)
+        if weighted <= allowed:
+            return None
+        return f"the weighted keys of a block need {weighted >> 20} MiB, allowed are {allowed >> 20} MiB"
+
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
         return _source_hash()
 
@@ -79,6 +109,10 @@ class EagerBackend:
         """Nothing to compile."""
 
     def bind(self, plan: Plan) -> Executable:
+        if plan.spec.phase == "decode":
+            from lla_compile.backends.eager.decode import GramExecutable
+
+            return GramExecutable(plan)
         from lla_compile.backends.eager.interpreter import EagerExecutable
 
         return EagerExecutable(plan)
@@ -89,7 +123,7 @@ def _source_hash() -> str:
     import lla_compile
 
     package = Path(lla_compile.__file__).parent
-    files = [package / f"{name}.py" for name in ("expr", "lowering", "masks", "precision", "storage", "sweeps")]
+    files = [package / f"{name}.py" for name in ("expr", "gram", "lowering", "masks", "precision", "storage", "sweeps")]
     files += sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for file in files:
