@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def tables(directory: Path) -> str:
     """Markdown of what the directory has; a benchmark without a file is left out."""
     sections = {
-        "forward": _forward, "training": _training, "varlen": _varlen, "accuracy": _accuracy, "gradients": _gradients,
-        "sweeps": _sweeps, "solver": _solver, "memory": _memory, "overhead": _overhead,
+        "forward": _forward, "training": _training, "varlen": _varlen, "decode": _decode, "accuracy": _accuracy,
+        "gradients": _gradients, "sweeps": _sweeps, "solver": _solver, "memory": _memory, "overhead": _overhead,
     }  # fmt: skip
     parts = []
     for name, section in sections.items():
@@ -101,6 +101,46 @@ def _varlen(rows: list[dict]) -> str:
     about = "Packed sequences, milliseconds (time of a visible pair over that of an equal dense batch):"
     header = ["D", "H", "lengths", "dense batch", "forward", "forward and backward"]
     return f"{about}\n\n" + _markdown(header, lines)
+
+
+def _decode(rows: list[dict]) -> str:
+    return "\n\n".join((_decode_times(rows), _decode_errors(rows)))
+
+
+def _decode_times(rows: list[dict]) -> str:
+    timed = [row for row in rows if row["part"] == "time"]
+    shown = [("median_ms", "time_over_sdpa", "")]
+    if any("graph_ms" in row for row in timed):
+        shown.append(("graph_ms", "graph_over_sdpa", ", graph"))
+    sizes = ("seqlen", "head_dim", "batch_heads", "group")
+    lines = []
+    for shape in dict.fromkeys(tuple(row[name] for name in sizes) for row in timed):
+        here = {row["precision"]: row for row in timed if tuple(row[name] for name in sizes) == shape}
+        softmax = here.pop(None)
+        cells = [_cell(softmax, "floor_ms"), *(_cell(softmax, time) for time, _, _ in shown)]
+        for precision in PRECISIONS:
+            row = here[precision]
+            ratios = ["" if row.get("failure") else f" ({_cell(row, ratio)})" for _, ratio, _ in shown]
+            cells += [_cell(row, time) + ratio for (time, _, _), ratio in zip(shown, ratios)]
+        lines.append((*shape, *cells))
+    ops = ("softmax (SDPA)", *(f"`{precision}`" for precision in PRECISIONS))
+    titles = [f"{op}{how}" for op in ops for _, _, how in shown]
+    about = (
+        "A decoding step of one token, milliseconds (over softmax attention); the floor is the cache's bytes over the "
+        "peak bandwidth:"
+    )
+    return f"{about}\n\n" + _markdown(["M", "D", "B·H", "group", "floor", *titles], lines)
+
+
+def _decode_errors(rows: list[dict]) -> str:
+    errors = [row for row in rows if row["part"] == "error"]
+    lines = []
+    for case in dict.fromkeys((row["dtype"], row["head_dim"], row["ridge"]) for row in errors):
+        found = {row["precision"]: row for row in errors if (row["dtype"], row["head_dim"], row["ridge"]) == case}
+        lines.append((*case, *(_cell(found[precision], "error") for precision in PRECISIONS)))
+    lengths = [int(keys) for row in errors for found in row["errors"].values() for keys in found]
+    about = f"Largest error of a decoding step against float64, lengths from 1 to {max(lengths, default='-')} keys:"
+    return f"{about}\n\n" + _markdown(["dtype", "D", "λ", *(f"`{precision}`" for precision in PRECISIONS)], lines)
 
 
 def _accuracy(rows: list[dict]) -> str:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 from benchmarks import (  # noqa: E402
     accuracy,
     comparison,
+    decode,
     forward,
     gradients,
     launches,
@@ -143,6 +144,70 @@ def test_varlen(tmp_path):
     per_pair = row["training_ms"] / row["visible_pairs"]
     dense_per_pair = row["dense_training_ms"] / row["dense_visible_pairs"]
     assert row["training_over_dense"] == pytest.approx(per_pair / dense_per_pair, rel=1e-3)
+
+
+def test_decode(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(decode, "ERROR_DTYPES", ("float16",))
+    rows = run(decode.BENCHMARK, tmp_path)["rows"]
+    timed = [row for row in rows if row["part"] == "time"]
+    assert [(row["group"], row["op"], row["precision"]) for row in timed] == [
+        (group, *op) for group in (1, 2) for op in (("sdpa", None), ("lla_decode", "fast"), ("lla_decode", "accurate"))
+    ]
+    for softmax, *own in (timed[:3], timed[3:]):
+        assert softmax["cache_bytes"] == 4 // softmax["group"] * 64 * 2 * 16 * 4
+        assert softmax["gb_per_s"] == pytest.approx(softmax["cache_bytes"] / softmax["median_ms"] / 1e6, rel=1e-3)
+        for row in own:
+            assert "failure" not in row and row["plan"]["schedule"] == "gram" and row["plan_source"]
+            assert row["time_over_sdpa"] == pytest.approx(row["median_ms"] / softmax["median_ms"], rel=1e-3)
+    errors = rows[len(timed) :]
+    assert [(row["precision"], row["ridge"]) for row in errors] == [
+        (precision, ridge) for precision in ("fast", "accurate") for ridge in decode.ERROR_RIDGES
+    ]
+    for row in errors:
+        assert 0 < row["error"] <= row["error_limit"]
+        assert list(row["errors"]) == ["1", "7", "64"] and list(row["errors"]["7"]) == ["1", "2", "7", "33", "64"]
+        assert row["error"] == row["errors"][str(row["worst_splits"])][str(row["worst_keys"])]
+    capsys.readouterr()
+    assert table.main(["cpu", "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "| 64 | 16 | 4 | 2 | - |" in printed and "lengths from 1 to 64 keys" in printed
+    assert printed.count("| float16 | 16 |") == 3 and "graph" not in printed
+    with pytest.raises(ValueError, match="--graph needs a GPU"):
+        decode.BENCHMARK.main([*CPU, "--out", str(tmp_path), "--graph"])
+
+
+def test_decode_table_has_graph_replays_and_failures():
+    shape = {"part": "time", "seqlen": 64, "head_dim": 16, "batch_heads": 2, "group": 1, "floor_ms": 0.01}
+    softmax = shape | {"precision": None, "median_ms": 0.02, "graph_ms": 0.015}
+    fast = shape | {"precision": "fast", "median_ms": 0.04, "graph_ms": 0.03}
+    fast |= {"time_over_sdpa": 2.0, "graph_over_sdpa": 2.5}
+    rows = [softmax, fast, shape | {"precision": "accurate", "failure": "broke"}]
+    case = {"part": "error", "dtype": "float16", "head_dim": 16, "ridge": 1.0, "errors": {}}
+    rows.append(case | {"precision": "fast", "failure": "broke"})
+    rows.append(case | {"precision": "accurate", "error": 1e-3, "errors": {"1": {"7": 1e-3}}})
+    text = table._decode(rows)
+    assert "| floor | softmax (SDPA) | softmax (SDPA), graph | `fast` | `fast`, graph | `accurate` |" in text
+    assert "| 0.01 | 0.02 | 0.015 | 0.04 (2) | 0.03 (2.5) | fails | fails |" in text
+    assert "| float16 | 16 | 1.0 | fails | 1.0e-03 |" in text and "1 to 7 keys" in text
+
+
+def test_decode_errors_that_are_not_finite_are_the_worst_and_others_are_recorded(monkeypatch):
+    target = Target.of("cpu")
+    (case, *_) = decode._error_cases((1, 5), (8,), target)
+    plans = decode._plans(case.spec, target)
+
+    class Broken:
+        def bind(self, plan):
+            out = case.reference(1.0)["out"].clone()
+            out[0] *= math.nan if plan.config.num_splits == 7 else 1.5
+            return lambda inputs, wanted: {"out": out}
+
+    monkeypatch.setattr(decode.backends, "get", lambda name: Broken())
+    row = decode._errors(case, plans, 1.0)
+    assert math.isnan(row["error"]) and (row["worst_keys"], row["worst_splits"]) == (1, 7)
+    assert row["errors"][1] == {1: pytest.approx(0.5), 5: 0.0}
+    monkeypatch.setattr(decode.backends, "get", lambda name: None)
+    assert "AttributeError" in decode._errors(case, plans, 1.0)["failure"]
 
 
 def test_simulated_solver_counts_what_the_eager_backend_counts():

@@ -76,6 +76,8 @@ def test_decoding_plans_are_shown_by_group_with_their_splits(capsys):
     _, out, _ = run(capsys, "show", "h200", "--key", "group=4")
     (line,) = out.splitlines()[1:]
     assert "lla decode bfloat16" in line and "causal group 4" in line and "32 splits, block_d 64" in line
+    path = record(resolve("cpu"), [eager_entry(key=key, num_warps=None, num_stages=None, **gram) for key in keys])
+    assert run(capsys, "verify", path) == (0, "1 files checked, 0 with problems\n", "")
     status, _, err = run(capsys, "show", "h200", "--key", "group=four")
     assert status == 2 and "--key group takes int, got 'four'" in err
 

@@ -10,9 +10,9 @@ import torch
 from tune_landscape import PRESET, LandscapeTimer, problem
 from tuned import KEY, make_entry
 
-from lla_compile import backends, tune
+from lla_compile import backends, clear_cache, dispatch, lla_decode, plan, tune
 from lla_compile.key import Bucket, key_of
-from lla_compile.plans import KernelConfig
+from lla_compile.plans import KernelConfig, Source
 from lla_compile.precision import error_limit
 from lla_compile.reference import lla_reference
 from lla_compile.spec import LLASpec
@@ -233,6 +233,18 @@ class TestCommand:
 
     def run(self, *args):
         return tune.main("--phase decode --head-dim 8 --seqlen 32 --trials 2".split() + list(args))
+
+    def test_an_entry_of_the_eager_backend_is_written_found_and_used(self, tmp_path):
+        assert self.run("--batch-heads", "4", "--group", "2", "--trials", "3") == tune.EXIT_OK
+        (entry,) = read(tmp_path / "cpu.yaml").entries
+        assert entry.key.group == 2 and entry.config.schedule == "gram" and entry.result["error_limit"] == 1e-5
+        q, cache = torch.randn(2, 2, 1, 8), torch.randn(2, 1, 32, 8)
+        clear_cache()
+        assert (plan(q, cache, cache, phase="decode").source, entry.valid["seqlen"]) == (Source.EXACT, (24, 95))
+        out = lla_decode(q, cache, cache, 0.1)
+        assert [call.plan.config for call in dispatch._calls.values()] == [entry.config]
+        reference = lla_reference(q, cache, cache, 0.1)
+        assert (out - reference).norm() <= 1e-5 * reference.norm()
 
     def test_groups_are_keys_of_their_own(self, tmp_path, cache, capsys):
         assert self.run("--batch-heads", "4", "16", "--group", "1", "8") == tune.EXIT_OK

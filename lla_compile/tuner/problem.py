@@ -42,14 +42,14 @@ class Case:
         spec: what they are inputs of.
         torch_device: where they are.
         purpose: sets them apart from others of the same spec.
-        bind_forward: where saved state comes from.
+        bind_forward: where saved state comes from; only phase "backward" needs it.
         seqlens: in phase "decode" how many slots of the cache each sequence uses, NaN filling the others; None: all.
     """
 
     spec: LLASpec
     torch_device: torch.device
     purpose: str
-    bind_forward: BindForward
+    bind_forward: BindForward | None = None
     seqlens: tuple[int, ...] | None = None
 
     @property
