@@ -32,16 +32,18 @@ class Executable(Protocol):
         """Compute outputs of the plan's sweeps (see :class:`lla_compile.sweeps.SweepList`).
 
         Args:
-            inputs: by name. In phases "forward" and "backward", the row and key inputs of the sweeps, with a last stride of 1; what is given, laid out as
-                :func:`lla_compile.storage.layout` does; ``ridge``, a number or a (B, Hq, N) tensor; ``scale``, a
-                number or a 0-dim tensor; ``cu_seqlens_q`` and ``cu_seqlens_k``, int32, if sequences are packed.
+            inputs: by name. In phases "forward" and "backward" the row and key inputs of the sweeps, with a last stride
+                of 1; what is given, laid out as :func:`lla_compile.storage.layout` does; ``ridge``, a number or a
+                (B, Hq, N) tensor; ``scale``, a number or a 0-dim tensor; ``cu_seqlens_q`` and ``cu_seqlens_k``, int32,
+                if sequences are packed.
                 In phase "decode", with last strides of 1: ``q`` (B, Hq, Nq, D); ``k`` and ``v``, (B, Hkv, M, width) or
-                pages (pages, Hkv, page_size, width) in any order of the other strides; ``ridge`` and ``scale`` as
-                above; ``seqlens``, contiguous int32 (B,), or None where every sequence has ``spec.seqlen_k`` keys,
-                clamped to that by the backend; ``block_table``, contiguous int32 (B, pages of a sequence), if
-                there are pages; and if the caller gave them ``out`` (B, Hq, Nq, Dv) to write into, and ``workspace``,
-                1-D, at least ``workspace_numel`` long. Query i sees keys j <= seqlens[b] - Nq + i, with a window the
-                last of them; a query that sees none gives zeros. Slots and pages that no query sees hold anything.
+                pages (pages, Hkv, page_size, width), with any other strides; ``ridge`` and ``scale`` as above;
+                ``seqlens``, contiguous int32 (B,), cut to 0 .. ``spec.seqlen_k`` by the backend, or None where every
+                sequence has that many keys; ``block_table``, contiguous int32 (B, pages of a sequence), if there are
+                pages; and if the caller gave them ``out`` (B, Hq, Nq, Dv) to write into, and ``workspace``, 1-D, at
+                least ``workspace_numel`` long. Query i sees keys j <= seqlens[b] - Nq + i, with a window the last of
+                them; one that sees none gives zeros. Slots, pages and numbers of pages that no query needs may be
+                anything.
             wanted: the outputs to compute; nothing that only others depend on is.
 
         Returns:

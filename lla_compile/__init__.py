@@ -5,6 +5,7 @@ from lla_compile.autograd import AdjointInfo
 from lla_compile.decode import lla_decode, lla_decode_workspace
 from lla_compile.dispatch import clear_cache
 from lla_compile.gram import GramState
+from lla_compile.kv_cache import KVCache
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdjointInfo",
     "GramState",
+    "KVCache",
     "LLASpec",
     "Plan",
     "SolveInfo",

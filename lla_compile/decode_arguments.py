@@ -29,9 +29,7 @@ def check_tensors(q, k_cache, v_cache, block_table=None) -> None:
     first, third = ("pages", "page_size") if paged else ("batch size", "slots")
     for axis, what in ((0, first), (2, third)):
         if k.shape[axis] != v.shape[axis]:
-            raise ValueError(
-                f"k_cache and v_cache must have the same {what}, got {k.shape[axis]} and {v.shape[axis]}"
-            )
+            raise ValueError(f"k_cache and v_cache must have the same {what}, got {k.shape[axis]} and {v.shape[axis]}")
     if not paged:
         if k.shape[0] != q.shape[0]:
             raise ValueError(f"q and k_cache must have one batch size, got {q.shape[0]} and {k.shape[0]}")
@@ -109,7 +107,7 @@ def check_workspace(workspace, q: torch.Tensor, needed: int) -> None:
         )
 
 
-def check_values(seqlens: torch.Tensor | None, block_table: torch.Tensor | None, num_pages: int, spec: LLASpec) -> None:
+def check_values(seqlens, block_table, num_pages: int, spec: LLASpec) -> None:
     """Raise ValueError unless lengths and page numbers lie within the cache; on a device the host waits for them.
 
     Only the pages that a query sees keys of are looked at.
@@ -134,7 +132,7 @@ def check_values(seqlens: torch.Tensor | None, block_table: torch.Tensor | None,
 
 
 def refuse_gradients(**tensors) -> None:
-    """Raise NotImplementedError if a gradient would be needed of any of ``tensors``; others than tensors are ignored."""
+    """Raise NotImplementedError if one of ``tensors`` requires a gradient; what is no tensor is ignored."""
     for name, x in tensors.items():
         if isinstance(x, torch.Tensor) and x.requires_grad:
             raise NotImplementedError(

@@ -296,9 +296,9 @@ class _Zeros:
         tensors = inputs["q"], inputs["k"], inputs["v"]
         packed = spec.num_sequences is not None
         layouts = {name: storage.layout(program, name, *tensors, spec.precision, packed) for name in wanted}
-        results = {name: layout.empty(inputs["q"]) for name, layout in layouts.items() if name not in inputs}
-        results |= {name: inputs[name] for name in wanted if name in inputs}
-        return {name: x.zero_() for name, x in results.items()}
+        # Only "out" can be among the inputs: the caller's own.
+        made = ((name, inputs[name] if name in inputs else layouts[name].empty(inputs["q"])) for name in wanted)
+        return {name: x.zero_() for name, x in made}
 
 
 def _flag(name: str) -> bool:

@@ -1,8 +1,8 @@
 """Attention over keys that lie in several parts: a state of fixed size for each part, which merge exactly.
 
-Local Linear Attention needs of the keys only, for each query, moments under its softmax weights p. They are read off
-the keys in one pass, where conjugate gradients (CG) on the keys themselves would pass over them in every iteration, and
-the moments of two sets of keys give those of their union. So a cache can be cut into splits, into pages or over devices::
+For each query, Local Linear Attention needs of the keys and values only moments under its softmax weights p. One pass
+over the keys gives them, where conjugate gradients (CG) on the keys themselves takes a pass for every iteration. And the
+moments of two sets of keys give those of their union: a cache can be cut into splits, into pages or over devices::
 
     parts = [GramState.of(q.to(k.device), k, v).to(q.device) for k, v in caches]
     o = GramState.merge(parts).attend(q, ridge)
@@ -99,7 +99,7 @@ class GramState(NamedTuple):
         weighted = p.unsqueeze(-2) * (k.mT.unsqueeze(2) - key_mean.unsqueeze(-1))  # (B, Hkv, queries, D, M)
         columns, means = torch.cat([k, v], -1), torch.cat([key_mean, value_mean], -1)
         moments = (weighted.flatten(2, 3) @ columns).unflatten(2, weighted.shape[2:4])
-        moments = moments - weighted.sum(-1).unsqueeze(-1) * means.unsqueeze(-2)
+        moments = moments - _outer(weighted.sum(-1), means)
         tensors = (
             (lse + q @ key_center.mT).squeeze(-1),
             torch.where(has_keys, key_mean + key_center, 0),
@@ -121,10 +121,10 @@ class GramState(NamedTuple):
         key_mean, value_mean = mean(s.key_mean for s in states), mean(s.value_mean for s in states)
         key_covariance = key_value_covariance = 0
         for weight, state in zip(weights, states):
-            weight, offset = weight.unsqueeze(-1), (state.key_mean - key_mean).unsqueeze(-1)
-            key_offset, value_offset = state.key_mean - key_mean, state.value_mean - value_mean
-            key_covariance += weight * (state.key_covariance + offset * key_offset.unsqueeze(-2))
-            key_value_covariance += weight * (state.key_value_covariance + offset * value_offset.unsqueeze(-2))
+            weight = weight.unsqueeze(-1)
+            offset, value_offset = state.key_mean - key_mean, state.value_mean - value_mean
+            key_covariance += weight * (state.key_covariance + _outer(offset, offset))
+            key_value_covariance += weight * (state.key_value_covariance + _outer(offset, value_offset))
         return cls(lse, key_mean, value_mean, key_covariance, key_value_covariance)
 
     def to(self, *args, **options) -> GramState:
@@ -150,5 +150,9 @@ class GramState(NamedTuple):
         return torch.where(self.lse.unsqueeze(-1) > -torch.inf, out, 0)
 
     def attend(self, q: Tensor, ridge: float | Tensor) -> Tensor:
-        """The output of Local Linear Attention, (B, Hq, N, Dv), in the type of the state; arguments as :meth:`solve`."""
+        """The output of Local Linear Attention (B, Hq, N, Dv), in the type of the state; arguments of :meth:`solve`."""
         return self.answer(self.solve(q, ridge))
+
+
+def _outer(x: Tensor, y: Tensor) -> Tensor:
+    return x.unsqueeze(-1) * y.unsqueeze(-2)

@@ -217,6 +217,7 @@ def test_public_names():
     assert set(lla_compile.__all__) == {
         "AdjointInfo",
         "GramState",
+        "KVCache",
         "LLASpec",
         "Plan",
         "SolveInfo",

@@ -20,6 +20,12 @@ def test_example(path, capsys):
     printed = capsys.readouterr().out
     if path.stem == "inspect_plan":
         assert "nvidia-h200" in printed and "nvidia-a100" in printed
+    elif path.stem == "decode":
+        differences = re.findall(
+            r"(\w+) cache: 32 steps, largest relative difference from lla_attention (\S+)", printed
+        )
+        assert [name for name, _ in differences] == ["dense", "paged"]
+        assert all(float(x) < 1e-4 for _, x in differences)
     else:
         errors = [float(x) for x in re.findall(r"median error (\S+),", printed)]
         # The point of the example: the smaller the ridge, the better an affine function is reproduced.
