@@ -1,7 +1,7 @@
 """Attention over keys that lie in several parts: a state of fixed size for each part, which merge exactly.
 
 For each query, Local Linear Attention needs of the keys and values only moments under its softmax weights p. One pass
-over the keys gives them, where conjugate gradients (CG) on the keys themselves takes a pass for every iteration. And the
+over the keys gives them, where conjugate gradients (CG) on the keys themselves takes one pass for every iteration. The
 moments of two sets of keys give those of their union: a cache can be cut into splits, into pages or over devices::
 
     parts = [GramState.of(q.to(k.device), k, v).to(q.device) for k, v in caches]

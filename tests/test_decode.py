@@ -49,6 +49,13 @@ def test_against_the_reference(fields, backend):
 
 
 @EACH_BACKEND
+@pytest.mark.parametrize("head_dim, head_dim_v", [(256, 200), (200, 256), (96, 96), (40, 1)])
+def test_any_width(head_dim, head_dim_v, backend):
+    p = make_decode_problem(head_dim=head_dim, head_dim_v=head_dim_v, batch=2, heads=1, kv_heads=1, ridge=0.1)
+    assert_close(decode(p, backend), p.reference(), 1e-5)
+
+
+@EACH_BACKEND
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("precision", ["accurate", "fast"])
 @pytest.mark.parametrize("ridge", [1.0, 0.1, 0.01])
@@ -332,6 +339,17 @@ def test_plan_explains_a_step():
     assert given.cache_bytes == cache and f"{cache / 1e9:.3g} GB" in lines["cache"]
     assert f"{cache / given.device.bandwidth_gbs / 1e3:.3g} us at" in lines["cache"]
     assert len(lines) <= 12
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(lengths=None), dict(page_size=8, window_size=5, queries=3)], ids=str)
+def test_eager_reads_nothing_back(fields):
+    """Tensors without data stand for those of a device: to look at a value is an error."""
+    p = make_decode_problem(**fields)
+    executable = backends.get("eager").bind(decode_plan(p, num_splits=2, block_k=8))
+    inputs = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in p.inputs().items()}
+    assert executable._compute(inputs)["out"].shape == p.q.shape
+    with pytest.raises(RuntimeError):
+        bool(inputs["q"].sum() > 0)
 
 
 def test_eager_limits():

@@ -134,6 +134,19 @@ def test_what_the_host_cannot_know_is_dropped(page_size):
         assert torch.equal(x[:, 14:16], new[1, :, :2])
 
 
+@PAGE_SIZES
+def test_nothing_is_read_back(page_size):
+    """Tensors without data stand for those of a device: to look at a value is an error."""
+    cache = make(page_size, device="meta")
+    k, v = (x.to("meta") for x in tokens(9))
+    cache.append(k, v)
+    cache.append(k, v, lengths=torch.empty(3, dtype=torch.int32, device="meta"))  # how many fit, the host cannot know
+    with pytest.raises(ValueError, match="the cache is full"):
+        cache.append(k, v)
+    with pytest.raises(RuntimeError):
+        cache.seqlens.tolist()
+
+
 K, V = tokens(2)
 
 
