@@ -83,8 +83,8 @@ class KVCache:
             k: new keys (B, Hkv, N, D), in the dtype and on the device of the cache.
             v: new values (B, Hkv, N, Dv).
             lengths: how many of the N belong to each sequence, the first ones, an integer tensor (B,) with values from
-                0 to N; None appends all. On the CPU it is checked and counted by the host, though not while a CUDA
-                graph is captured; on a device it is not.
+                0 to N; None appends all. One on the CPU is checked and counted by the host, and is not for the
+                capture of a CUDA graph; one on a device is taken as it is.
 
         Raises:
             TypeError: a wrong dtype.
