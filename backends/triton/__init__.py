@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends.triton import config as config_module
-from lla_compile.backends.triton import resources
+from lla_compile.backends.triton import gram_config, resources
 from lla_compile.backends.triton.source import print_module
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class TritonBackend:
     def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton; Linux only)"
+        if spec.phase == "decode" and (why := gram_config.unsupported(spec)):
+            return why
         if spec.dtype not in ("float16", "bfloat16", "float32"):
             return f"{spec.dtype} has no tensor-core products; the eager backend runs it"
         if resources.interpreting():
@@ -43,26 +45,50 @@ class TritonBackend:
         return None
 
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
-        return config_module.default_config(spec, device)
+        return _choices(spec).default_config(spec, device)
 
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
-        return config_module.search_space(spec, device)
+        return _choices(spec).search_space(spec, device)
 
     def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
-        return resources.infeasible(spec, config, device)
+        return (gram_config if spec.phase == "decode" else resources).infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
+        if spec.phase == "decode":
+            return _gram_source_hash()
         return _source_hash(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec))
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
-        from lla_compile.backends.triton.launcher import compile_variant
+        if spec.phase == "decode":
+            from lla_compile.backends.triton.gram_launcher import precompile_gram
 
-        compile_variant(spec, config, device)
+            precompile_gram(spec, config, device)
+        else:
+            from lla_compile.backends.triton.launcher import compile_variant
+
+            compile_variant(spec, config, device)
 
     def bind(self, plan: Plan) -> Executable:
+        if plan.spec.phase == "decode":
+            from lla_compile.backends.triton.gram_launcher import GramLauncher
+
+            return GramLauncher(plan)
         from lla_compile.backends.triton.launcher import Launcher
 
         return Launcher(plan)
+
+
+def _choices(spec: LLASpec):
+    """Where the default and the search space of a phase are."""
+    return gram_config if spec.phase == "decode" else config_module
+
+
+@lru_cache(maxsize=None)
+def _gram_source_hash() -> str:
+    """Of the kernels of decoding, the blocks that they call, and what decides their constants."""
+    names = ("gram_kernels.py", "gram_launcher.py", "gram_config.py", "primitives.py")
+    written = "".join((Path(__file__).parent / name).read_text() for name in names)
+    return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=None)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import linecache
 from functools import lru_cache
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from lla_compile.backends import CompileError
-from lla_compile.backends.triton.kernel_source import CONSTEXPRS
 from lla_compile.backends.triton.source import Module
 
 _TYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -32,7 +31,7 @@ def load_functions(module: Module) -> Mapping[str, object]:
 
 def compile_kernel(
     function,
-    module: Module,
+    parameters: Sequence[tuple[str, str]],
     *,
     dtype: str,
     wide: bool,
@@ -47,10 +46,10 @@ def compile_kernel(
 
     Args:
         function: the ``@triton.jit`` function.
-        module: what it was printed with.
+        parameters: its arguments before the constants, with types as :class:`Module` names them.
         dtype: type of q, k, v and the output.
         wide: whether the tier stores wide numbers in float64.
-        constants: a value for each name in CONSTEXPRS.
+        constants: the values of its ``constexpr`` arguments, in order.
         absent: pointer parameters that are None in this variant.
         aligned: whether every pointer is 16-byte aligned and every stride a multiple of 16 bytes.
         compute_capability: "9.0".
@@ -62,9 +61,9 @@ def compile_kernel(
     """
     kinds = {"*in": f"*{_TYPES[dtype]}", "*wide": "*fp64" if wide else "*fp32"}
     signature, attributes = {}, {}
-    fixed = {(len(module.parameters) + i,): constants[name] for i, name in enumerate(CONSTEXPRS)}
+    fixed = {(len(parameters) + i,): value for i, value in enumerate(constants.values())}
     elements = 16 // (4 if dtype == "float32" else 2)
-    for position, (name, kind) in enumerate(module.parameters):
+    for position, (name, kind) in enumerate(parameters):
         if name in absent:
             signature[name] = "constexpr"
             fixed[position,] = None
@@ -74,7 +73,7 @@ def compile_kernel(
             attributes[position,] = [["tt.divisibility", 16]]
         elif aligned and kind == "i64" and "_stride_" in name and not name.startswith("ridge"):
             attributes[position,] = [["tt.divisibility", elements]]
-    signature |= {name: "constexpr" for name in CONSTEXPRS}
+    signature |= dict.fromkeys(constants, "constexpr")
     major, minor = compute_capability.split(".")
     # The products of a score and its centre must contract to one FMA; Triton changed the default of this option.
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}

@@ -83,10 +83,10 @@ def compile_variant(
         compiled.append(
             compile_kernel(
                 functions[kernel.name],
-                module,
+                module.parameters,
                 dtype=spec.dtype,
                 wide=is_wide(spec.dtype, spec.precision),
-                constants=values,
+                constants={name: values[name] for name in CONSTEXPRS},
                 absent=_absent(values),
                 aligned=aligned,
                 compute_capability=device.compute_capability,

@@ -1,0 +1,113 @@
+"""The `gram` schedule's limits, heuristic default and search space, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Mapping
+
+from lla_compile.backends.triton.resources import interpreting, padded_width
+from lla_compile.plans import KernelConfig
+
+if TYPE_CHECKING:
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.spec import LLASpec
+
+# Wider heads have covariances that one multiprocessor cannot hold.
+MAX_HEAD_DIM = 128
+MAX_SPLITS = 64
+# Warps of the solve by padded width: the covariance stays in registers.
+SOLVE_WARPS = {16: 1, 32: 1, 64: 4, 128: 8}
+# A tolerance of 10^-3.5 takes under 20 iterations where keys are many and up to 200 where they are about as many as
+# dimensions.
+_CG_MAX_ITERS = 256
+
+_BLOCK_K = (32, 64)
+_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_NARROW = 16  # columns of the products that only sum
+_REGISTERS_BESIDE_TILES = 40
+_MAX_REGISTERS = 255
+_LEAST_KEYS_OF_A_PART = 256
+_VECTORS_AT = 16
+
+
+def part_numel(spec: LLASpec) -> int:
+    """float32 numbers that one part of a query leaves, see :mod:`lla_compile.backends.triton.gram_kernels`."""
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    return _VECTORS_AT + 2 * width + width_v + width * (width + width_v)
+
+
+def block_splits(num_splits: int) -> int:
+    """Parts that a kernel looks at together: a power of two."""
+    return 1 << (num_splits - 1).bit_length()
+
+
+def unsupported(spec: LLASpec) -> str | None:
+    """Why no configuration can run the spec, or None."""
+    if spec.dtype not in ("float16", "bfloat16"):
+        return f"decoding has no {spec.dtype} kernel; the eager backend runs it"
+    widest = max(spec.head_dim, spec.head_dim_v)
+    if widest > MAX_HEAD_DIM:
+        return f"decoding holds covariances of at most {MAX_HEAD_DIM} dimensions, got {widest}; the eager backend runs it"
+    return None
+
+
+def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+    """Whole covariances where they fit, and parts for every multiprocessor, but none of a few keys."""
+    width = padded_width(spec.head_dim)
+    config = KernelConfig("triton", "gram", 1, 64, _CG_MAX_ITERS, 8 if width > 64 else 4, 3, num_splits=1, block_d=width)
+    for smaller in (
+        {}, dict(num_stages=2), dict(block_d=min(width, 64), num_warps=4), dict(block_k=32, num_stages=2),
+        dict(block_k=32, num_stages=1), dict(block_k=16, num_stages=1),
+    ):  # fmt: skip
+        config = replace(config, **smaller)
+        if infeasible(spec, config, device) is None:
+            break
+    programs = max(spec.batch * spec.num_heads * spec.seqlen_q * (width // config.block_d), 1)
+    resident = max(device.sms, 1) * (1 if width > 64 else 2)
+    wanted = min(resident // programs, -(-spec.visible_seqlen // _LEAST_KEYS_OF_A_PART), MAX_SPLITS)
+    return replace(config, num_splits=max(wanted, 1))
+
+
+def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
+    """Values worth trying."""
+    width = padded_width(spec.head_dim)
+    longest = max(spec.visible_seqlen // 64, 1)
+    return {
+        "schedule": ("gram",),
+        "block_q": (1,),
+        "block_k": _BLOCK_K,
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+        "cg_max_iters": (_CG_MAX_ITERS,),
+        "num_splits": tuple(splits for splits in _SPLITS if splits <= longest),
+        "block_d": tuple({min(width, 64), width}),
+    }
+
+
+def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
+    """The limit that ``config`` breaks on ``device``, in words, or None."""
+    if why := unsupported(spec):
+        return why
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    if config.schedule != "gram" or config.block_q != 1:
+        return f"decoding has schedule gram with block_q 1, got {config.schedule} with {config.block_q}"
+    if not config.num_splits or not 1 <= config.num_splits <= MAX_SPLITS:
+        return f"num_splits must be from 1 to {MAX_SPLITS}, got {config.num_splits}"
+    if not config.block_d or width % config.block_d or config.block_d < 16:
+        return f"block_d must divide {width}, got {config.block_d}"
+    if interpreting():
+        return None
+    if config.block_d < 16 * config.num_warps and config.block_d < 64:
+        return f"block_d {config.block_d} leaves {config.num_warps} warps without 16 rows each"
+    item = 2
+    streamed = config.block_k * (width + width_v + (config.block_d if config.block_d < width else 0))
+    narrow = _NARROW * config.block_k
+    shared = item * (max(config.num_stages, 1) * streamed + config.block_k * config.block_d + 2 * narrow)
+    if shared > device.shared_memory_per_block:
+        return f"shared memory {shared} B > {device.shared_memory_per_block} B of a block on {device.id}"
+    accumulators = config.block_d * (width + width_v + _NARROW) + width_v * _NARROW
+    tile = config.block_k * width
+    registers = (accumulators + tile) // (32 * config.num_warps) + _REGISTERS_BESIDE_TILES
+    if registers > _MAX_REGISTERS:
+        return f"about {registers} registers a thread > {_MAX_REGISTERS}: the inner loop would spill"
+    return None

@@ -1,0 +1,228 @@
+"""A decoding plan of the `gram` schedule bound to its kernels: what they are compiled for, and how they are launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable, Mapping
+
+import torch
+import triton
+
+from lla_compile.backends.triton import gram_kernels
+from lla_compile.backends.triton.compiler import compile_kernel
+from lla_compile.backends.triton.gram_config import SOLVE_WARPS, block_splits, part_numel
+from lla_compile.backends.triton.resources import padded_width
+from lla_compile.lowering import lower
+from lla_compile.precision import split_terms, weight_shift
+from lla_compile.storage import layout
+
+if TYPE_CHECKING:
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plans import KernelConfig, Plan
+    from lla_compile.spec import LLASpec
+
+# Up to as many keys for each dimension, `accurate` weighs keys in two terms. Where few keys share the weight, their
+# rounding does not average out: in one term the error at ridge 0.01 passes 2.5e-3 under about 10 keys a dimension.
+_TWO_TERMS_PER_DIM = 16
+# By how much, in powers of two, scores may pass the reference before sums are scaled down; float16 has no room.
+_HEADROOM = {"bfloat16": 8.0, "float16": 0.0}
+_MERGE_ROWS = 16
+_MERGE_WARPS = 4
+# So few parts the solve merges by itself.
+_MERGED_IN_SOLVE = 2
+
+_STRIDES = {name: [(f"{name}_stride_{axis}", "i64") for axis in "bhn"] for name in ("q", "k", "v", "out", "ridge")}
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One of the kernels: its parameters with types as the compiler names them, and its constants."""
+
+    name: str
+    parameters: tuple[tuple[str, str], ...]
+    constants: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+
+
+def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
+    """The launches of a plan in order."""
+    widths = {"BLOCK_D": padded_width(spec.head_dim), "BLOCK_DV": padded_width(spec.head_dim_v)}
+    own_widths = {"HEAD_DIM": spec.head_dim, "HEAD_DIM_V": spec.head_dim_v}
+    part = {"PART": part_numel(spec)}
+    parts_at_a_time = {"BLOCK_SPLITS": block_splits(config.num_splits)}
+    kernels = [
+        _Kernel(
+            "gram_pass",
+            (
+                *((f"{name}_ptr", "*in") for name in "qkv"),
+                ("seqlens_ptr", "*i32"), ("block_table_ptr", "*i32"), ("scale_ptr", "*fp32"), ("state_ptr", "*fp32"),
+                ("scale", "fp32"), *_STRIDES["q"], *_STRIDES["k"], *_STRIDES["v"],
+                *((name, "i32") for name in (
+                    "table_stride", "num_kv_heads", "group_size", "seqlen_q", "capacity", "window", "num_splits",
+                )),
+            ),
+            {
+                **own_widths, **widths, "BLOCK_R": min(config.block_d, widths["BLOCK_D"]), "BLOCK_K": config.block_k,
+                "NUM_STAGES": config.num_stages, "PAGE_SIZE": spec.page_size or 0,
+                "TERMS": split_terms(spec.dtype, spec.precision),
+                "TWO_TERMS_UP_TO": _TWO_TERMS_PER_DIM * spec.head_dim,
+                "HEADROOM": _HEADROOM[spec.dtype], "WEIGHT_SHIFT": weight_shift(spec.dtype), **part,
+            },
+            config.num_warps,
+            config.num_stages,
+        )
+    ]  # fmt: skip
+    if config.num_splits > _MERGED_IN_SOLVE:
+        kernels.append(
+            _Kernel(
+                "gram_merge",
+                (("state_ptr", "*fp32"), ("merged_ptr", "*fp32"), ("num_splits", "i32")),
+                {**widths, "BLOCK": min(_MERGE_ROWS, widths["BLOCK_D"]), **part, **parts_at_a_time},
+                _MERGE_WARPS,
+                1,
+            )
+        )
+        parts_at_a_time = {"BLOCK_SPLITS": 1}
+    kernels.append(
+        _Kernel(
+            "gram_solve",
+            (
+                ("q_ptr", "*in"), ("out_ptr", "*in"), ("iterations_ptr", "*i32"), ("final_residual_ptr", "*fp32"),
+                ("ridge_ptr", "*fp32"), ("state_ptr", "*fp32"), ("ridge", "fp32"), ("cg_tol", "fp32"),
+                *_STRIDES["q"], *_STRIDES["out"], *_STRIDES["ridge"],
+                *((name, "i32") for name in ("num_heads", "seqlen_q", "num_splits", "cg_max_iters")),
+            ),
+            {**own_widths, **widths, **part, **parts_at_a_time},
+            SOLVE_WARPS[max(widths.values())],
+            1,
+        )
+    )  # fmt: skip
+    return kernels
+
+
+def compile_gram(
+    spec: LLASpec,
+    config: KernelConfig,
+    device: DeviceInfo,
+    *,
+    absent: frozenset[str],
+    aligned: bool = True,
+) -> list[Callable]:
+    """Compile the kernels of a plan, in launch order; ``absent`` names the pointers that are None."""
+    return [
+        compile_kernel(
+            getattr(gram_kernels, kernel.name),
+            kernel.parameters,
+            dtype=spec.dtype,
+            wide=False,
+            constants=kernel.constants,
+            absent=absent & {name for name, _ in kernel.parameters},
+            aligned=aligned,
+            compute_capability=device.compute_capability,
+            num_warps=kernel.num_warps,
+            num_stages=kernel.num_stages,
+        )
+        for kernel in _kernels(spec, config)
+    ]
+
+
+def precompile_gram(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
+    """Compile what ordinary calls need: with lengths and, unless the cache is paged, without."""
+    unused = {"scale_ptr", "ridge_ptr", "iterations_ptr", "final_residual_ptr"}
+    unused |= set() if spec.page_size else {"block_table_ptr"}
+    for absent in (unused, unused | {"seqlens_ptr"}):
+        compile_gram(spec, config, device, absent=frozenset(absent))
+
+
+class GramLauncher:
+    """Executable of the `gram` schedule; see :class:`lla_compile.backends.Executable`."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        spec, config = plan.spec, plan.config
+        self._queries = spec.batch * spec.num_heads * spec.seqlen_q
+        self._parts = self._queries * config.num_splits
+        self._merges = config.num_splits > _MERGED_IN_SOLVE
+        self._part = part_numel(spec)
+        self._stride_elements = 16 // getattr(torch, spec.dtype).itemsize
+        self._bound: dict[tuple, list[Callable]] = {}
+
+    @property
+    def workspace_numel(self) -> int:
+        """The parts of every query, and after them what they merge to."""
+        return (self._parts + self._queries * self._merges) * self._part
+
+    def __call__(self, inputs, wanted):
+        spec, config = self._plan.spec, self._plan.config
+        q, k, v, ridge, scale = (inputs[name] for name in ("q", "k", "v", "ridge", "scale"))
+        program = lower(spec.op, spec.phase)
+        results = {
+            name: inputs[name]
+            if name in inputs
+            else layout(program, name, q, k, v, spec.precision, packed=False).empty(q)
+            for name in wanted
+        }
+        state = inputs.get("workspace")
+        if state is None:
+            state = q.new_empty(self.workspace_numel, dtype=torch.float32)
+        merged = state[self._parts * self._part :] if self._merges else state
+        ridge_ptr, ridge_strides = None, (0, 0, 0)
+        if isinstance(ridge, torch.Tensor):
+            ridge_ptr = ridge.to(torch.float32).expand(q.shape[:3])
+            ridge, ridge_strides = 1.0, ridge_ptr.stride()
+        scale_ptr = None
+        if isinstance(scale, torch.Tensor):
+            scale_ptr, scale = scale.to(torch.float32), 1.0
+        seqlens, table, out = inputs["seqlens"], inputs.get("block_table"), results["out"]
+        strides = {name: x.stride()[:3] for name, x in (("q", q), ("k", k), ("v", v), ("out", out))}
+
+        passed = (
+            q, k, v, seqlens, table, scale_ptr, state, scale, *strides["q"], *strides["k"], *strides["v"],
+            0 if table is None else table.stride(0), spec.num_kv_heads, spec.group_size, spec.seqlen_q, spec.seqlen_k,
+            spec.window_size or 0, config.num_splits,
+        )  # fmt: skip
+        solved = (
+            q, out, results.get("iterations"), results.get("final_residual"), ridge_ptr, merged, ridge,
+            self._plan.cg_tol, *strides["q"], *strides["out"], *ridge_strides, spec.num_heads, spec.seqlen_q,
+            1 if self._merges else config.num_splits, self._plan.cg_max_iters,
+        )  # fmt: skip
+        arguments = [passed, (state, merged, config.num_splits), solved] if self._merges else [passed, solved]
+        absent = frozenset(
+            name
+            for name, x in (
+                ("seqlens_ptr", seqlens), ("block_table_ptr", table), ("scale_ptr", scale_ptr),
+                ("ridge_ptr", ridge_ptr), ("iterations_ptr", solved[2]), ("final_residual_ptr", solved[3]),
+            )
+            if x is None
+        )  # fmt: skip
+        aligned = all(x.data_ptr() % 16 == 0 for x in (q, k, v, out, state)) and all(
+            stride % self._stride_elements == 0 for group in strides.values() for stride in group
+        )
+        launches = self._bound.get((absent, aligned))
+        if launches is None:
+            launches = self._bound[absent, aligned] = self._bind(absent, aligned)
+        for launch, given in zip(launches, arguments):
+            launch(*given)
+        return results
+
+    def _bind(self, absent: frozenset[str], aligned: bool) -> list[Callable]:
+        spec, config, device = self._plan.spec, self._plan.config, self._plan.device
+        kernels = _kernels(spec, config)
+        if triton.knobs.runtime.interpret:
+            runners = [getattr(gram_kernels, kernel.name) for kernel in kernels]
+        else:
+            runners = compile_gram(spec, config, device, absent=absent, aligned=aligned)
+        blocks = padded_width(spec.head_dim) // kernels[0].constants["BLOCK_R"]
+        grids = {"gram_pass": (self._parts * blocks, 1, 1), "gram_solve": (self._queries, 1, 1)}
+        if self._merges:
+            merge_blocks = padded_width(spec.head_dim) // kernels[1].constants["BLOCK"]
+            grids["gram_merge"] = (self._queries, merge_blocks, 1)
+        return [
+            _with_constants(runner[grids[kernel.name]], tuple(kernel.constants.values()))
+            for kernel, runner in zip(kernels, runners)
+        ]
+
+
+def _with_constants(runner: Callable, constants: tuple) -> Callable:
+    return lambda *given: runner(*given, *constants)
