@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from decode_problems import DecodeProblem, decode, decode_plan, make_decode_problem
 from problems import Problem, make_packed_problem, make_plan, make_problem, run_backward, run_info
 
 from lla_compile import backends
@@ -38,9 +40,29 @@ def gradients(p: Problem, grad_out: torch.Tensor, precision: str = "accurate", *
     return run_backward(p, grad_out, "triton", precision, device=identify("cuda"), **knobs)
 
 
+def gpu_decode_problem(**fields) -> DecodeProblem:
+    return make_decode_problem(**dict(dtype=torch.bfloat16, head_dim=64, device="cuda") | fields)
+
+
+def triton_decode(p: DecodeProblem, precision: str = "accurate", **knobs) -> torch.Tensor:
+    return decode(p, "triton", precision, device=identify("cuda"), **knobs)
+
+
+def bound_decode(p: DecodeProblem, precision: str = "accurate", **knobs):
+    """The executable of a decoding problem."""
+    return backends.get("triton").bind(decode_plan(p, "triton", precision, identify("cuda"), **knobs))
+
+
 def poison_free_memory() -> None:
     """Fill what the caching allocator will hand out next, small blocks and large, with NaN."""
     sizes = [size for size in (1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24) for _ in range(8)]
     blocks = [torch.full((size,), torch.nan, device="cuda") for size in sizes]
     torch.cuda.synchronize()
     del blocks
+
+
+def need_free_memory(gib: int) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gib:
+        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are free")

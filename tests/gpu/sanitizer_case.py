@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from on_gpu import gpu_packed, gpu_problem, gradients, triton  # noqa: E402
+from on_gpu import gpu_decode_problem, gpu_packed, gpu_problem, gradients, triton, triton_decode  # noqa: E402
 from problems import assert_close, make_grad_out  # noqa: E402
 
 CASES = [
@@ -13,6 +13,12 @@ CASES = [
     dict(seqlen_q=1, seqlen_k=67, head_dim=40, head_dim_v=24),
     dict(seqlen_q=70, seqlen_k=33, head_dim=40, head_dim_v=24),
     dict(seqlen_q=129, head_dim=40, head_dim_v=24, window_size=19),
+]
+DECODE_CASES = [
+    dict(heads=3, kv_heads=1, capacity=77, lengths=[77, 1, 33]),
+    dict(heads=4, kv_heads=2, queries=3, capacity=70, lengths=None, window_size=19),
+    dict(page_size=5, capacity=75, lengths=[75, 11, 64]),
+    dict(page_size=16, capacity=80, lengths=None, queries=2),
 ]
 
 for fields in CASES:
@@ -23,4 +29,8 @@ for fields in CASES:
         assert all(x.isfinite().all() for x in found.values())
 p = gpu_packed((70, 0, 33), head_dim=40, head_dim_v=24, heads=2, kv_heads=1, ridge=4.0)
 assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_iters=8).values())
+for fields in DECODE_CASES:
+    p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
+    for num_splits in (1, 3):
+        assert_close(triton_decode(p, num_splits=num_splits), p.reference(), 2.5e-3)
 print("done")

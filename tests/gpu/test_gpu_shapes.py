@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_gpu import bound, gpu_problem, poison_free_memory, triton, triton_info
+from on_gpu import bound, gpu_problem, need_free_memory, poison_free_memory, triton, triton_info
 from problems import assert_close, relative_error
 
 from lla_compile.reference import lla_reference
@@ -140,10 +140,3 @@ def test_outputs_and_state_beyond_32_bit_offsets(schedule):
     assert out.numel() > 1 << 31
     assert relative_error(expected, one.reference()) < LIMIT
     assert all(torch.equal(chunk, expected.expand_as(chunk)) for chunk in out.split(512, dim=1))
-
-
-def need_free_memory(gib: int) -> None:
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gib:
-        pytest.skip(f"needs {gib} GiB of free GPU memory, {free:.0f} are free")
