@@ -86,7 +86,7 @@ def _choices(spec: LLASpec):
 @lru_cache(maxsize=None)
 def _gram_source_hash() -> str:
     """Of the kernels of decoding, the blocks that they call, and what decides their constants."""
-    names = ("gram_kernels.py", "gram_launcher.py", "gram_config.py", "primitives.py")
+    names = ("gram_kernels.py", "gram_launcher.py", "primitives.py")
     written = "".join((Path(__file__).parent / name).read_text() for name in names)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
 

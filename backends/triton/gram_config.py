@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Mapping
 
-from lla_compile.backends.triton.resources import interpreting, padded_width
+from lla_compile.backends.triton.resources import interpreting, is_tcgen05, padded_width, refused_on_tcgen05
 from lla_compile.plans import KernelConfig
 
 if TYPE_CHECKING:
@@ -15,30 +15,23 @@ if TYPE_CHECKING:
 # Wider heads have covariances that one multiprocessor cannot hold.
 MAX_HEAD_DIM = 128
 MAX_SPLITS = 64
-# Warps of the solve by padded width: the covariance stays in registers.
-SOLVE_WARPS = {16: 1, 32: 1, 64: 4, 128: 8}
 # A tolerance of 10^-3.5 takes under 20 iterations where keys are many and up to 200 where they are about as many as
 # dimensions.
 _CG_MAX_ITERS = 256
 
-_BLOCK_K = (32, 64)
+# (block_d, block_k, num_warps, num_stages), best first; the first that fits is taken. With wgmma a warpgroup owns 64
+# rows; without, operands come through registers, and larger tiles spill.
+_PREFERENCE = {
+    True: ((128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+    False: ((64, 16, 8, 3), (64, 16, 8, 2), (64, 16, 4, 1)),
+}
+_BLOCK_K = {True: (32, 64), False: (16, 32, 64)}
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _NARROW = 16  # columns of the products that only sum
 _REGISTERS_BESIDE_TILES = 40
 _MAX_REGISTERS = 255
+_BARRIER_BYTES = 256
 _LEAST_KEYS_OF_A_PART = 256
-_VECTORS_AT = 16
-
-
-def part_numel(spec: LLASpec) -> int:
-    """float32 numbers that one part of a query leaves, see :mod:`lla_compile.backends.triton.gram_kernels`."""
-    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    return _VECTORS_AT + 2 * width + width_v + width * (width + width_v)
-
-
-def block_splits(num_splits: int) -> int:
-    """Parts that a kernel looks at together: a power of two."""
-    return 1 << (num_splits - 1).bit_length()
 
 
 def unsupported(spec: LLASpec) -> str | None:
@@ -54,12 +47,12 @@ def unsupported(spec: LLASpec) -> str | None:
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """Whole covariances where they fit, and parts for every multiprocessor, but none of a few keys."""
     width = padded_width(spec.head_dim)
-    config = KernelConfig("triton", "gram", 1, 64, _CG_MAX_ITERS, 8 if width > 64 else 4, 3, num_splits=1, block_d=width)
-    for smaller in (
-        {}, dict(num_stages=2), dict(block_d=min(width, 64), num_warps=4), dict(block_k=32, num_stages=2),
-        dict(block_k=32, num_stages=1), dict(block_k=16, num_stages=1),
-    ):  # fmt: skip
-        config = replace(config, **smaller)
+    for block_d, block_k, num_warps, num_stages in _PREFERENCE[_has_wgmma(device)]:
+        block_d = min(block_d, width)
+        config = KernelConfig(
+            "triton", "gram", 1, block_k, _CG_MAX_ITERS, min(num_warps, max(width // 16, 1)), num_stages,
+            num_splits=1, block_d=block_d,
+        )  # fmt: skip
         if infeasible(spec, config, device) is None:
             break
     programs = max(spec.batch * spec.num_heads * spec.seqlen_q * (width // config.block_d), 1)
@@ -75,7 +68,7 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     return {
         "schedule": ("gram",),
         "block_q": (1,),
-        "block_k": _BLOCK_K,
+        "block_k": _BLOCK_K[_has_wgmma(device)],
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
         "cg_max_iters": (_CG_MAX_ITERS,),
@@ -97,12 +90,15 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
         return f"block_d must divide {width}, got {config.block_d}"
     if interpreting():
         return None
+    if is_tcgen05(device) and (why := refused_on_tcgen05()):
+        return why
     if config.block_d < 16 * config.num_warps and config.block_d < 64:
         return f"block_d {config.block_d} leaves {config.num_warps} warps without 16 rows each"
-    item = 2
+    item, copies = 2, 2 if is_tcgen05(device) else 1
     streamed = config.block_k * (width + width_v + (config.block_d if config.block_d < width else 0))
     narrow = _NARROW * config.block_k
-    shared = item * (max(config.num_stages, 1) * streamed + config.block_k * config.block_d + 2 * narrow)
+    shared = item * (max(config.num_stages, 1) * streamed + copies * config.block_k * config.block_d + 2 * narrow)
+    shared += _BARRIER_BYTES * is_tcgen05(device)
     if shared > device.shared_memory_per_block:
         return f"shared memory {shared} B > {device.shared_memory_per_block} B of a block on {device.id}"
     accumulators = config.block_d * (width + width_v + _NARROW) + width_v * _NARROW
@@ -111,3 +107,7 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     if registers > _MAX_REGISTERS:
         return f"about {registers} registers a thread > {_MAX_REGISTERS}: the inner loop would spill"
     return None
+
+
+def _has_wgmma(device: DeviceInfo) -> bool:
+    return 9 <= float(device.compute_capability or 0) < 12

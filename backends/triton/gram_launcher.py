@@ -10,10 +10,9 @@ import triton
 
 from lla_compile.backends.triton import gram_kernels
 from lla_compile.backends.triton.compiler import compile_kernel
-from lla_compile.backends.triton.gram_config import SOLVE_WARPS, block_splits, part_numel
 from lla_compile.backends.triton.resources import padded_width
 from lla_compile.lowering import lower
-from lla_compile.precision import split_terms, weight_shift
+from lla_compile.precision import split_terms
 from lla_compile.storage import layout
 
 if TYPE_CHECKING:
@@ -21,15 +20,15 @@ if TYPE_CHECKING:
     from lla_compile.plans import KernelConfig, Plan
     from lla_compile.spec import LLASpec
 
-# Up to as many keys for each dimension, `accurate` weighs keys in two terms. Where few keys share the weight, their
-# rounding does not average out: in one term the error at ridge 0.01 passes 2.5e-3 under about 10 keys a dimension.
-_TWO_TERMS_PER_DIM = 16
-# By how much, in powers of two, scores may pass the reference before sums are scaled down; float16 has no room.
-_HEADROOM = {"bfloat16": 8.0, "float16": 0.0}
-_MERGE_ROWS = 16
-_MERGE_WARPS = 4
-# So few parts the solve merges by itself.
-_MERGED_IN_SOLVE = 2
+# `accurate` weighs the keys of a query that sees at most so many in two terms. Where few keys share the weight, their
+# rounding does not average out: in one term the error at ridge 0.01 is 2.5e-3 at 2000 keys, 2.3e-3 at 4000.
+_TWO_TERMS_UP_TO = 3072
+# By how much, in powers of two, a part's scores may pass those of its first tile; else its keys are read twice.
+_HEADROOM = {"bfloat16": 64.0, "float16": 8.0}
+_MERGE_BLOCK, _MERGE_WARPS = 512, 4
+# By padded width: the covariances stay in registers.
+_SOLVE_WARPS = {16: 1, 32: 1, 64: 4, 128: 8}
+_VECTORS_AT = 16  # the kernels' constant of the same name
 
 _STRIDES = {name: [(f"{name}_stride_{axis}", "i64") for axis in "bhn"] for name in ("q", "k", "v", "out", "ridge")}
 
@@ -49,8 +48,7 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
     """The launches of a plan in order."""
     widths = {"BLOCK_D": padded_width(spec.head_dim), "BLOCK_DV": padded_width(spec.head_dim_v)}
     own_widths = {"HEAD_DIM": spec.head_dim, "HEAD_DIM_V": spec.head_dim_v}
-    part = {"PART": part_numel(spec)}
-    parts_at_a_time = {"BLOCK_SPLITS": block_splits(config.num_splits)}
+    part = {"PART": _part_numel(spec)}
     kernels = [
         _Kernel(
             "gram_pass",
@@ -66,24 +64,26 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
                 **own_widths, **widths, "BLOCK_R": min(config.block_d, widths["BLOCK_D"]), "BLOCK_K": config.block_k,
                 "NUM_STAGES": config.num_stages, "PAGE_SIZE": spec.page_size or 0,
                 "TERMS": split_terms(spec.dtype, spec.precision),
-                "TWO_TERMS_UP_TO": _TWO_TERMS_PER_DIM * spec.head_dim,
-                "HEADROOM": _HEADROOM[spec.dtype], "WEIGHT_SHIFT": weight_shift(spec.dtype), **part,
+                "TWO_TERMS_UP_TO": _TWO_TERMS_UP_TO,
+                "HEADROOM": _HEADROOM[spec.dtype], **part,
             },
             config.num_warps,
             config.num_stages,
         )
     ]  # fmt: skip
-    if config.num_splits > _MERGED_IN_SOLVE:
+    if config.num_splits > 1:
         kernels.append(
             _Kernel(
                 "gram_merge",
                 (("state_ptr", "*fp32"), ("merged_ptr", "*fp32"), ("num_splits", "i32")),
-                {**widths, "BLOCK": min(_MERGE_ROWS, widths["BLOCK_D"]), **part, **parts_at_a_time},
+                {
+                    "SHIFT_STOP": _VECTORS_AT + widths["BLOCK_D"], "BLOCK": _MERGE_BLOCK, **part,
+                    "BLOCK_SPLITS": _block_splits(config.num_splits),
+                },
                 _MERGE_WARPS,
                 1,
             )
-        )
-        parts_at_a_time = {"BLOCK_SPLITS": 1}
+        )  # fmt: skip
     kernels.append(
         _Kernel(
             "gram_solve",
@@ -91,14 +91,25 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
                 ("q_ptr", "*in"), ("out_ptr", "*in"), ("iterations_ptr", "*i32"), ("final_residual_ptr", "*fp32"),
                 ("ridge_ptr", "*fp32"), ("state_ptr", "*fp32"), ("ridge", "fp32"), ("cg_tol", "fp32"),
                 *_STRIDES["q"], *_STRIDES["out"], *_STRIDES["ridge"],
-                *((name, "i32") for name in ("num_heads", "seqlen_q", "num_splits", "cg_max_iters")),
+                *((name, "i32") for name in ("num_heads", "seqlen_q", "cg_max_iters")),
             ),
-            {**own_widths, **widths, **part, **parts_at_a_time},
-            SOLVE_WARPS[max(widths.values())],
+            {**own_widths, **widths, **part},
+            _SOLVE_WARPS[max(widths.values())],
             1,
         )
     )  # fmt: skip
     return kernels
+
+
+def _part_numel(spec: LLASpec) -> int:
+    """float32 numbers that one part of a query leaves, see :mod:`lla_compile.backends.triton.gram_kernels`."""
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    return _VECTORS_AT + 2 * width + width_v + width * (width + width_v)
+
+
+def _block_splits(num_splits: int) -> int:
+    """Parts that a kernel looks at together: a power of two."""
+    return 1 << (num_splits - 1).bit_length()
 
 
 def compile_gram(
@@ -143,8 +154,8 @@ class GramLauncher:
         spec, config = plan.spec, plan.config
         self._queries = spec.batch * spec.num_heads * spec.seqlen_q
         self._parts = self._queries * config.num_splits
-        self._merges = config.num_splits > _MERGED_IN_SOLVE
-        self._part = part_numel(spec)
+        self._merges = config.num_splits > 1
+        self._part = _part_numel(spec)
         self._stride_elements = 16 // getattr(torch, spec.dtype).itemsize
         self._bound: dict[tuple, list[Callable]] = {}
 
@@ -185,7 +196,7 @@ class GramLauncher:
         solved = (
             q, out, results.get("iterations"), results.get("final_residual"), ridge_ptr, merged, ridge,
             self._plan.cg_tol, *strides["q"], *strides["out"], *ridge_strides, spec.num_heads, spec.seqlen_q,
-            1 if self._merges else config.num_splits, self._plan.cg_max_iters,
+            self._plan.cg_max_iters,
         )  # fmt: skip
         arguments = [passed, (state, merged, config.num_splits), solved] if self._merges else [passed, solved]
         absent = frozenset(
@@ -216,8 +227,7 @@ class GramLauncher:
         blocks = padded_width(spec.head_dim) // kernels[0].constants["BLOCK_R"]
         grids = {"gram_pass": (self._parts * blocks, 1, 1), "gram_solve": (self._queries, 1, 1)}
         if self._merges:
-            merge_blocks = padded_width(spec.head_dim) // kernels[1].constants["BLOCK"]
-            grids["gram_merge"] = (self._queries, merge_blocks, 1)
+            grids["gram_merge"] = (self._queries, triton.cdiv(self._part, _MERGE_BLOCK), 1)
         return [
             _with_constants(runner[grids[kernel.name]], tuple(kernel.constants.values()))
             for kernel, runner in zip(kernels, runners)

@@ -153,7 +153,7 @@ def _placement(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: Devic
         crossed = config.num_warps > 4 and tiles.held_block < _MMA_ROWS * config.num_warps
         in_shared = crossed or split or spec.dtype == "float32"
         return _Placement(terms * in_shared, terms, crossed, stages)
-    if _is_tcgen05(device):  # operands come from shared memory; a split leaves one more copy behind
+    if is_tcgen05(device):  # operands come from shared memory; a split leaves one more copy behind
         copies = 2 * terms - 1
         return _Placement(copies, copies, tiles.loaded > 0, stages, _BARRIER_BYTES)
     # mma.sync: the tile in use is in registers, and wide products lay the warps along columns
@@ -161,8 +161,16 @@ def _placement(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: Devic
     return _Placement(terms * (crossed or split), terms, crossed, max(stages - 1, 1))
 
 
-def _is_tcgen05(device: DeviceInfo) -> bool:
+def is_tcgen05(device: DeviceInfo) -> bool:
     return 10 <= float(device.compute_capability) < 12
+
+
+def refused_on_tcgen05() -> str | None:
+    """Why kernels of several dependent products do not run on compute capability 10, or None."""
+    if _triton_version() >= _FUSED_ON_TCGEN05:
+        return None
+    needed = ".".join(map(str, _FUSED_ON_TCGEN05))
+    return f"Triton before {needed} does not compile this schedule's kernel for compute capability 10"
 
 
 @lru_cache(maxsize=None)
@@ -208,9 +216,8 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     """The limit that ``config`` breaks on ``device``, in words, or None."""
     if interpreting():
         return None
-    if _is_tcgen05(device) and config.schedule == "fused" and _triton_version() < _FUSED_ON_TCGEN05:
-        needed = ".".join(map(str, _FUSED_ON_TCGEN05))
-        return f"Triton before {needed} does not compile the fused kernel for compute capability 10"
+    if is_tcgen05(device) and config.schedule == "fused" and (why := refused_on_tcgen05()):
+        return why
     for tiles, own in _sweeps(spec, config):
         if why := _breaks(spec, own, tiles, device):
             return why
