@@ -31,6 +31,7 @@ _NARROW = 16  # columns of the products that only sum
 _REGISTERS_BESIDE_TILES = 40
 _MAX_REGISTERS = 255
 _BARRIER_BYTES = 256
+_EPILOGUE_BYTES = 256  # a held row, to lay accumulators out for their store
 _LEAST_KEYS_OF_A_PART = 256
 
 
@@ -98,7 +99,7 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     streamed = config.block_k * (width + width_v + (config.block_d if config.block_d < width else 0))
     narrow = _NARROW * config.block_k
     shared = item * (max(config.num_stages, 1) * streamed + copies * config.block_k * config.block_d + 2 * narrow)
-    shared += _BARRIER_BYTES * is_tcgen05(device)
+    shared = max(shared + _BARRIER_BYTES * is_tcgen05(device), _EPILOGUE_BYTES * config.block_d)
     if shared > device.shared_memory_per_block:
         return f"shared memory {shared} B > {device.shared_memory_per_block} B of a block on {device.id}"
     accumulators = config.block_d * (width + width_v + _NARROW) + width_v * _NARROW
