@@ -86,11 +86,12 @@ def test_recall_asks_every_key_once(train_recall):
 
 
 def test_readme_blocks_run_in_order(capsys):
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     names = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
     printed = capsys.readouterr().out
     assert names["o"].shape == (1, 4, 256, 64) and names["o"].isfinite().all()
+    assert names["cache"].seqlens.tolist() == [100, 100]
     assert names["logit"].grad.shape == (4, 1) and names["info"].iterations.shape == (1, 4, 256)
     assert "nvidia-a100-40gb" in printed and "iterations on average" in printed

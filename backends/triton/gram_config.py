@@ -30,7 +30,7 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _NARROW = 16  # columns of the products that only sum
 _REGISTERS_BESIDE_TILES = 40
 _MAX_REGISTERS = 255
-_BARRIER_BYTES = 256
+_BARRIER_BYTES = 512
 _EPILOGUE_BYTES = 256  # a held row, to lay accumulators out for their store
 _LEAST_KEYS_OF_A_PART = 256
 
