@@ -75,9 +75,15 @@ def key_of(spec: LLASpec) -> TuningKey:
     )
 
 
+def sizes_of(spec: LLASpec) -> tuple[int, int]:
+    """(seqlen, batch_heads) as plans are tuned for: a window counts as the length, and in phase "decode" several queries
+    of one head, each with a system of its own, count as so many heads."""
+    return spec.visible_seqlen, spec.batch_heads * (spec.seqlen_q if spec.phase == "decode" else 1)
+
+
 def bucket_of_spec(spec: LLASpec) -> Bucket:
-    """The bucket of a spec; a window counts as the sequence length."""
-    return bucket_of(spec.visible_seqlen, spec.batch_heads)
+    """The bucket of a spec."""
+    return bucket_of(*sizes_of(spec))
 
 
 def _nearest_power(size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Callable, Mapping
 
-from lla_compile.key import bucket_of_spec, key_of
+from lla_compile.key import bucket_of_spec, key_of, sizes_of
 from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.spec import LLASpec
 
@@ -58,7 +58,7 @@ def make_plan(
         return _misfit(config, entry.search.get("kernel_hash"), spec, device, usable, refused)
 
     bucket = bucket_of_spec(spec)
-    match = lookup(key_of(spec), bucket, spec.visible_seqlen, spec.batch_heads, device, reject)
+    match = lookup(key_of(spec), bucket, *sizes_of(spec), device, reject)
     notes = tuple(f"backend {name} is not used: {why}" for name, why in refused.items())
     if match.entry is not None:
         return Plan(spec, device, match.entry.config, match.source, match.distance, match.reason, notes)
@@ -114,7 +114,7 @@ def _misfit(config: KernelConfig, kernel_hash, spec, device, usable, refused) ->
 def tune_command(spec: LLASpec, device: DeviceInfo) -> str:
     """The command line that tunes what ``spec`` needs on ``device``."""
     bucket, group = bucket_of_spec(spec), key_of(spec).group
-    heads = max(bucket.batch_heads, group or 1)  # several queries of one head count as a group of heads
+    heads = max(bucket.batch_heads, group or 1)  # rounding may leave fewer heads than a group has
     parts = [
         f"python -m lla_compile.tune --gpu {device.id}",
         f"--phase {spec.phase} --dtype {spec.dtype} --head-dim {spec.head_dim}",

@@ -60,3 +60,11 @@ def test_key_ignores_sizes_and_keeps_the_rest():
 def test_bucket_of_a_window_is_that_of_its_length():
     assert bucket_of_spec(spec()) == Bucket(1024, 16)
     assert bucket_of_spec(spec(window_size=100)) == Bucket(128, 16)
+
+
+def test_queries_of_a_head_count_as_heads_in_decoding():
+    """Four queries of 16 heads, or one of 64 in groups of 4: the same tensor work over the same bytes."""
+    several = LLASpec("bfloat16", 64, 64, 1, 16, 16, seqlen_q=4, seqlen_k=4096, phase="decode")
+    grouped = LLASpec.decoding("bfloat16", 64, 4096, 64, group_size=4)
+    assert key_of(several) == key_of(grouped) and bucket_of_spec(several) == bucket_of_spec(grouped)
+    assert bucket_of_spec(several).batch_heads == 64
