@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends.triton import config as config_module
-from lla_compile.backends.triton import gram_config, resources
+from lla_compile.backends.triton import decode_config, resources
 from lla_compile.backends.triton.source import print_module
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ class TritonBackend:
     def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton; Linux only)"
-        if spec.phase == "decode" and (why := gram_config.unsupported(spec)):
-            return why
         if spec.dtype not in ("float16", "bfloat16", "float32"):
             return f"{spec.dtype} has no tensor-core products; the eager backend runs it"
         if resources.interpreting():
@@ -51,51 +49,44 @@ class TritonBackend:
         return _choices(spec).search_space(spec, device)
 
     def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
-        return (gram_config if spec.phase == "decode" else resources).infeasible(spec, config, device)
+        return (decode_config if spec.phase == "decode" else resources).infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
-        if spec.phase == "decode":
-            return _gram_source_hash()
-        return _source_hash(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec))
+        if config.schedule == "gram":
+            return _hash_of_files("gram_kernels.py", "gram_launcher.py", "cache_primitives.py", "primitives.py")
+        written = ("primitives.py", "cache_primitives.py" if spec.phase == "decode" else "packing.py")
+        return _hash_of_files(*written, printed=(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec)))
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
-        if spec.phase == "decode":
-            from lla_compile.backends.triton.gram_launcher import precompile_gram
-
-            precompile_gram(spec, config, device)
+        if config.schedule == "gram":
+            from lla_compile.backends.triton.gram_launcher import precompile_gram as precompile
+        elif spec.phase == "decode":
+            from lla_compile.backends.triton.stream_launcher import precompile_stream as precompile
         else:
-            from lla_compile.backends.triton.launcher import compile_variant
-
-            compile_variant(spec, config, device)
+            from lla_compile.backends.triton.launcher import compile_variant as precompile
+        precompile(spec, config, device)
 
     def bind(self, plan: Plan) -> Executable:
-        if plan.spec.phase == "decode":
-            from lla_compile.backends.triton.gram_launcher import GramLauncher
-
-            return GramLauncher(plan)
-        from lla_compile.backends.triton.launcher import Launcher
-
-        return Launcher(plan)
+        if plan.config.schedule == "gram":
+            from lla_compile.backends.triton.gram_launcher import GramLauncher as Bound
+        elif plan.spec.phase == "decode":
+            from lla_compile.backends.triton.stream_launcher import StreamLauncher as Bound
+        else:
+            from lla_compile.backends.triton.launcher import Launcher as Bound
+        return Bound(plan)
 
 
 def _choices(spec: LLASpec):
     """Where the default and the search space of a phase are."""
-    return gram_config if spec.phase == "decode" else config_module
+    return decode_config if spec.phase == "decode" else config_module
 
 
 @lru_cache(maxsize=None)
-def _gram_source_hash() -> str:
-    """Of the kernels of decoding, the blocks that they call, and what decides their constants."""
-    names = ("gram_kernels.py", "gram_launcher.py", "primitives.py")
-    written = "".join((Path(__file__).parent / name).read_text() for name in names)
+def _hash_of_files(*names: str, printed: tuple | None = None) -> str:
+    """Of what a plan compiles: hand-written files of this folder, after what :func:`print_module` makes of ``printed``."""
+    text = print_module(*printed).text if printed else ""
+    written = text + "".join((Path(__file__).parent / name).read_text() for name in names)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
-
-
-@lru_cache(maxsize=None)
-def _source_hash(*what) -> str:
-    """Of the printed kernels, see :func:`print_module`, and of the hand-written blocks that they call."""
-    written = "".join((Path(__file__).parent / name).read_text() for name in ("primitives.py", "packing.py"))
-    return hashlib.sha256((print_module(*what).text + written).encode()).hexdigest()[:16]
 
 
 BACKEND = TritonBackend()

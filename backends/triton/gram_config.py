@@ -38,10 +38,10 @@ _LEAST_KEYS_OF_A_PART = 256
 def unsupported(spec: LLASpec) -> str | None:
     """Why no configuration can run the spec, or None."""
     if spec.dtype not in ("float16", "bfloat16"):
-        return f"decoding has no {spec.dtype} kernel; the eager backend runs it"
+        return f"gram has no {spec.dtype} kernel"
     widest = max(spec.head_dim, spec.head_dim_v)
     if widest > MAX_HEAD_DIM:
-        return f"decoding holds covariances of at most {MAX_HEAD_DIM} dimensions, got {widest}; the eager backend runs it"
+        return f"gram holds covariances of at most {MAX_HEAD_DIM} dimensions, got {widest}"
     return None
 
 
@@ -83,8 +83,8 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     if why := unsupported(spec):
         return why
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    if config.schedule != "gram" or config.block_q != 1:
-        return f"decoding has schedule gram with block_q 1, got {config.schedule} with {config.block_q}"
+    if config.block_q != 1:
+        return f"gram has block_q 1, got {config.block_q}"
     if not config.num_splits or not 1 <= config.num_splits <= MAX_SPLITS:
         return f"num_splits must be from 1 to {MAX_SPLITS}, got {config.num_splits}"
     if not config.block_d or width % config.block_d or config.block_d < 16:

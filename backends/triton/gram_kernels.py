@@ -17,32 +17,13 @@ leaves nothing else. Parts of one reference merge by adding up what they left.
 import triton
 import triton.language as tl
 
+from lla_compile.backends.triton.cache_primitives import cached_length, cached_rows, load_cached
 from lla_compile.backends.triton.primitives import low_term, rounded
 
 # Columns of the narrow products that only sum over keys: the least that a matrix instruction takes.
 NARROW = tl.constexpr(16)
 # Where a part's vectors start: what follows its two numbers stays aligned.
 VECTORS_AT = tl.constexpr(16)
-
-
-@triton.jit
-def cached_rows(table_ptr, n, stop, stride_page, stride_n, PAGE_SIZE: tl.constexpr):
-    """Offsets of the cache slots ``n``, through the table of pages if there is one."""
-    if PAGE_SIZE == 0:
-        return n.to(tl.int64) * stride_n
-    else:
-        page = tl.load(table_ptr + n // PAGE_SIZE, mask=n < stop, other=0).to(tl.int64)
-        return page * stride_page + (n % PAGE_SIZE).to(tl.int64) * stride_n
-
-
-@triton.jit
-def load_cached(base, rows, first_column, seen, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, RAGGED: tl.constexpr):
-    """Columns of cache slots, zero where a slot is not seen or a column is beyond WIDTH."""
-    columns = first_column + tl.arange(0, BLOCK_WIDTH)
-    mask = seen[:, None]
-    if RAGGED:
-        mask = mask & (columns < WIDTH)[None, :]
-    return tl.load(base + rows[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -138,9 +119,7 @@ def gram_pass(
     kv_head = (bh % num_kv_heads).to(tl.int64)
     head = kv_head * group_size + member
 
-    length = capacity
-    if seqlens_ptr is not None:
-        length = tl.minimum(tl.maximum(tl.load(seqlens_ptr + batch), 0), capacity)
+    length = cached_length(seqlens_ptr, batch, capacity)
     stop = tl.maximum(length - (seqlen_q - 1 - i), 0)
     start = 0
     if window > 0:
@@ -234,15 +213,17 @@ def gram_merge(
         exists = split < num_splits
         omega = tl.load(part + 1, mask=exists, other=0.0)
         weight = tl.exp2(tl.load(part, mask=exists, other=float("-inf")) - reference)
-        # Not masked by omega: a load that waits for another would take as long again.
-        left = tl.where(omega > 0, tl.load(part + element, mask=inside & exists, other=0.0), 0.0)
+        # Not masked by omega: a load that waits for another would take as long again. (Triton 3.9's interpreter refuses
+        # masks that are `&` of a block and a scalar.)
+        read = tl.where(exists, inside, False)
+        left = tl.where(omega > 0, tl.load(part + element, mask=read, other=0.0), 0.0)
         total += tl.where(is_shift, 1.0 if split == 0 else 0.0, weight) * left
     tl.store(merged_ptr + query * PART + element, tl.where(element == 0, reference, total), mask=inside)
 
 
 @triton.jit
 def gram_solve(
-    q_ptr, out_ptr, iterations_ptr, final_residual_ptr, ridge_ptr, state_ptr,
+    q_ptr, out_ptr, iterations_ptr, final_residual_ptr, ridge_ptr, merged_ptr,
     ridge, cg_tol, q_stride_b, q_stride_h, q_stride_n, out_stride_b, out_stride_h, out_stride_n,
     ridge_stride_b, ridge_stride_h, ridge_stride_n, num_heads, seqlen_q, cg_max_iters,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -257,7 +238,7 @@ def gram_solve(
     batch = (query // (num_heads * seqlen_q)).to(tl.int64)
     head = (query // seqlen_q % num_heads).to(tl.int64)
     i = (query % seqlen_q).to(tl.int64)
-    state = state_ptr + query.to(tl.int64) * PART
+    state = merged_ptr + query.to(tl.int64) * PART
     columns = tl.arange(0, BLOCK_D)
     value_columns = tl.arange(0, BLOCK_DV)
     q_base = q_ptr + batch * q_stride_b + head * q_stride_h + i * q_stride_n

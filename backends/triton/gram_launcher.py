@@ -10,10 +10,9 @@ import triton
 
 from lla_compile.backends.triton import gram_kernels
 from lla_compile.backends.triton.compiler import compile_kernel
+from lla_compile.backends.triton.decode_launcher import DecodeLauncher, Launch, ordinary_absences
 from lla_compile.backends.triton.resources import padded_width
-from lla_compile.lowering import lower
 from lla_compile.precision import split_terms
-from lla_compile.storage import layout
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
@@ -89,7 +88,7 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
             "gram_solve",
             (
                 ("q_ptr", "*in"), ("out_ptr", "*in"), ("iterations_ptr", "*i32"), ("final_residual_ptr", "*fp32"),
-                ("ridge_ptr", "*fp32"), ("state_ptr", "*fp32"), ("ridge", "fp32"), ("cg_tol", "fp32"),
+                ("ridge_ptr", "*fp32"), ("merged_ptr", "*fp32"), ("ridge", "fp32"), ("cg_tol", "fp32"),
                 *_STRIDES["q"], *_STRIDES["out"], *_STRIDES["ridge"],
                 *((name, "i32") for name in ("num_heads", "seqlen_q", "cg_max_iters")),
             ),
@@ -139,85 +138,36 @@ def compile_gram(
 
 
 def precompile_gram(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
-    """Compile what ordinary calls need: with lengths and, unless the cache is paged, without."""
-    unused = {"scale_ptr", "ridge_ptr", "iterations_ptr", "final_residual_ptr"}
-    unused |= set() if spec.page_size else {"block_table_ptr"}
-    for absent in (unused, unused | {"seqlens_ptr"}):
-        compile_gram(spec, config, device, absent=frozenset(absent))
+    """Compile what ordinary calls need."""
+    for absent in ordinary_absences(spec.page_size is not None):
+        compile_gram(spec, config, device, absent=absent)
 
 
-class GramLauncher:
-    """Executable of the `gram` schedule; see :class:`lla_compile.backends.Executable`."""
+class GramLauncher(DecodeLauncher):
+    """One pass, a merge where there are several parts, and the solve."""
 
     def __init__(self, plan: Plan):
-        self._plan = plan
+        super().__init__(plan)
         spec, config = plan.spec, plan.config
         self._queries = spec.batch * spec.num_heads * spec.seqlen_q
         self._parts = self._queries * config.num_splits
         self._merges = config.num_splits > 1
         self._part = _part_numel(spec)
-        self._stride_elements = 16 // getattr(torch, spec.dtype).itemsize
-        self._bound: dict[tuple, list[Callable]] = {}
 
     @property
     def workspace_numel(self) -> int:
         """The parts of every query, and after them what they merge to."""
         return (self._parts + self._queries * self._merges) * self._part
 
-    def __call__(self, inputs, wanted):
-        spec, config = self._plan.spec, self._plan.config
-        q, k, v, ridge, scale = (inputs[name] for name in ("q", "k", "v", "ridge", "scale"))
-        program = lower(spec.op, spec.phase)
-        results = {
-            name: inputs[name]
-            if name in inputs
-            else layout(program, name, q, k, v, spec.precision, packed=False).empty(q)
-            for name in wanted
-        }
+    def _own_arguments(self, inputs):
         state = inputs.get("workspace")
         if state is None:
-            state = q.new_empty(self.workspace_numel, dtype=torch.float32)
+            state = inputs["q"].new_empty(self.workspace_numel, dtype=torch.float32)
         merged = state[self._parts * self._part :] if self._merges else state
-        ridge_ptr, ridge_strides = None, (0, 0, 0)
-        if isinstance(ridge, torch.Tensor):
-            ridge_ptr = ridge.to(torch.float32).expand(q.shape[:3])
-            ridge, ridge_strides = 1.0, ridge_ptr.stride()
-        scale_ptr = None
-        if isinstance(scale, torch.Tensor):
-            scale_ptr, scale = scale.to(torch.float32), 1.0
-        seqlens, table, out = inputs["seqlens"], inputs.get("block_table"), results["out"]
-        strides = {name: x.stride()[:3] for name, x in (("q", q), ("k", k), ("v", v), ("out", out))}
+        counts = {"num_splits": self._plan.config.num_splits, "cg_max_iters": self._plan.cg_max_iters}
+        return {"state_ptr": state, "merged_ptr": merged, **counts}
 
-        passed = (
-            q, k, v, seqlens, table, scale_ptr, state, scale, *strides["q"], *strides["k"], *strides["v"],
-            0 if table is None else table.stride(0), spec.num_kv_heads, spec.group_size, spec.seqlen_q, spec.seqlen_k,
-            spec.window_size or 0, config.num_splits,
-        )  # fmt: skip
-        solved = (
-            q, out, results.get("iterations"), results.get("final_residual"), ridge_ptr, merged, ridge,
-            self._plan.cg_tol, *strides["q"], *strides["out"], *ridge_strides, spec.num_heads, spec.seqlen_q,
-            self._plan.cg_max_iters,
-        )  # fmt: skip
-        arguments = [passed, (state, merged, config.num_splits), solved] if self._merges else [passed, solved]
-        absent = frozenset(
-            name
-            for name, x in (
-                ("seqlens_ptr", seqlens), ("block_table_ptr", table), ("scale_ptr", scale_ptr),
-                ("ridge_ptr", ridge_ptr), ("iterations_ptr", solved[2]), ("final_residual_ptr", solved[3]),
-            )
-            if x is None
-        )  # fmt: skip
-        aligned = all(x.data_ptr() % 16 == 0 for x in (q, k, v, out, state)) and all(
-            stride % self._stride_elements == 0 for group in strides.values() for stride in group
-        )
-        launches = self._bound.get((absent, aligned))
-        if launches is None:
-            launches = self._bound[absent, aligned] = self._bind(absent, aligned)
-        for launch, given in zip(launches, arguments):
-            launch(*given)
-        return results
-
-    def _bind(self, absent: frozenset[str], aligned: bool) -> list[Callable]:
+    def _bind(self, absent, aligned):
         spec, config, device = self._plan.spec, self._plan.config, self._plan.device
         kernels = _kernels(spec, config)
         if triton.knobs.runtime.interpret:
@@ -229,10 +179,6 @@ class GramLauncher:
         if self._merges:
             grids["gram_merge"] = (self._queries, triton.cdiv(self._part, _MERGE_BLOCK), 1)
         return [
-            _with_constants(runner[grids[kernel.name]], tuple(kernel.constants.values()))
+            Launch(runner[grids[kernel.name]], tuple(name for name, _ in kernel.parameters), (*kernel.constants.values(),))
             for kernel, runner in zip(kernels, runners)
         ]
-
-
-def _with_constants(runner: Callable, constants: tuple) -> Callable:
-    return lambda *given: runner(*given, *constants)

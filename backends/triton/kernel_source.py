@@ -35,11 +35,14 @@ def strided_outputs(program: SweepList) -> tuple[str, ...]:
 class _KernelPrinter:
     """One kernel; ``in_memory`` names what has a pointer beside the inputs."""
 
+    constexprs = CONSTEXPRS
+    sweep_printer = SweepPrinter
+
     def __init__(self, program: SweepList, in_memory: set[str]):
         self.program = program
         self.in_memory = in_memory
         self.out = Lines()
-        self.sweeps = SweepPrinter(self.out, program)
+        self.sweeps = self.sweep_printer(self.out, program)
 
     def print(self, name: str, stages: tuple[Stage, ...], parameters: tuple[tuple[str, str], ...]) -> str:
         out = self.out
@@ -47,7 +50,7 @@ class _KernelPrinter:
         out.open(f"def {name}(")
         for parameter, _ in parameters:
             out.add(f"{parameter},")
-        for constant in CONSTEXPRS:
+        for constant in self.constexprs:
             out.add(f"{constant}: tl.constexpr,")
         out.close()
         out.open("):")
@@ -82,6 +85,8 @@ scale_log2 = scale_value * 1.4426950408889634"""
 
 class RowKernelPrinter(_KernelPrinter):
     """Programs hold query rows: any stages of that kind, one after another."""
+
+    rows_stop = "seqlen_q"
 
     def __init__(self, program: SweepList, in_memory: set[str]):
         super().__init__(program, in_memory)
@@ -211,7 +216,7 @@ start, full_start, full_stop, stop = key_segments(
     def _store(self, name: str) -> None:
         out, program = self.out, self.program
         if program.kinds[name] is Kind.ROW:
-            out.add(f"store_rows({name}_ptr + first_row, {name}, start_m, seqlen_q, BLOCK_Q)")
+            out.add(f"store_rows({name}_ptr + first_row, {name}, start_m, {self.rows_stop}, BLOCK_Q)")
         elif name in program.rounded:
             self._store_tile(f"{name}_ptr + first_row * HEAD_DIM", name, name, "HEAD_DIM")
             out.open("if TERMS == 2:")
@@ -219,10 +224,13 @@ start, full_start, full_stop, stop = key_segments(
             self._store_tile(f"{name}_ptr + (state_rows + first_row) * HEAD_DIM", low, name, "HEAD_DIM")
             out.close()
         elif name in strided_outputs(program):
-            base = f"{name}_ptr + batch * {name}_stride_b + head * {name}_stride_h + q_start * {name}_stride_n"
-            self._store_tile(base, name, name, f"{name}_stride_n")
+            self._store_strided(name)
         else:
             self._store_tile(f"{name}_ptr + first_row * HEAD_DIM", name, name, "HEAD_DIM")
+
+    def _store_strided(self, name: str) -> None:
+        base = f"{name}_ptr + batch * {name}_stride_b + head * {name}_stride_h + q_start * {name}_stride_n"
+        self._store_tile(base, name, name, f"{name}_stride_n")
 
     def _store_tile(self, base: str, value: str, name: str, stride: str) -> None:
         width, block = self.sweeps.width(name)

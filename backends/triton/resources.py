@@ -224,14 +224,35 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     return None
 
 
+def infeasible_shared_rows(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
+    """The same where warps may share the rows of a tile, and exchange weights and operands."""
+    if interpreting():
+        return None
+    if is_tcgen05(device) and (why := refused_on_tcgen05()):
+        return why
+    return next(filter(None, (_exceeds(spec, own, tiles, device) for tiles, own in _sweeps(spec, config))), None)
+
+
 def _breaks(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> str | None:
     """The limit that one sweep breaks."""
+    if why := _rows_missing(config, tiles):
+        return why
+    return _exceeds(spec, config, tiles, device)
+
+
+def _rows_missing(config: KernelConfig, tiles: _Tiles) -> str | None:
+    """Why the held tile has too few rows for the warps, or None."""
     held, streamed = ("block_q", "block_k") if tiles.held_block == config.block_q else ("block_k", "block_q")
     shares = tiles.held_block < _MMA_ROWS * config.num_warps
     if shares and tiles.held_block < 64:
         return f"{held} {tiles.held_block} leaves {config.num_warps} warps without {_MMA_ROWS} rows each"
     if shares and config.num_warps > 4 and tiles.streamed_block < 64:
         return f"{config.num_warps} warps share {tiles.held_block} rows, which needs {streamed} >= 64"
+    return None
+
+
+def _exceeds(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> str | None:
+    """The memory that one sweep has too little of, or None."""
     shared = _shared(spec, config, tiles, device)
     if shared > device.shared_memory_per_block:
         return f"shared memory {shared} B > {device.shared_memory_per_block} B of a block on {device.id}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from lla_compile.backends.triton.cache_source import CACHE_HEADER, CachedRowKernelPrinter
 from lla_compile.backends.triton.kernel_source import KeyKernelPrinter, RowKernelPrinter, strided_outputs
 from lla_compile.lowering import lower
 from lla_compile.sweeps import Loop, Stage, SweepList, sweep_of
@@ -39,11 +40,19 @@ from lla_compile.backends.triton.primitives import (
 )
 """
 
-_PACKED_POINTERS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "row_tiles_ptr", "key_tiles_ptr")
+# What kernels take beside tensors, strides and the solver's numbers: pointers, and counts. Decoding has its own.
+_POINTERS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "row_tiles_ptr", "key_tiles_ptr")
 _COUNTS = (
-    "batch_heads", "num_heads", "group_size", "row_heads_per_group", "key_heads_per_group",
-    "seqlen_q", "seqlen_k", "window", "num_sequences",
+    ("state_rows", "i64"),
+    *((name, "i32") for name in (
+        "batch_heads", "num_heads", "group_size", "row_heads_per_group", "key_heads_per_group",
+        "seqlen_q", "seqlen_k", "window", "num_sequences",
+    )),
 )  # fmt: skip
+_CACHE_POINTERS = ("seqlens_ptr", "block_table_ptr")
+_CACHE_COUNTS = tuple(
+    (name, "i32") for name in ("table_stride", "num_kv_heads", "group_size", "seqlen_q", "capacity", "window")
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +77,10 @@ class Module:
     Attributes:
         text: the source.
         program: the sweeps that are printed.
-        kernels: in order of launch; all take ``parameters`` and after them CONSTEXPRS.
+        kernels: in order of launch; all take ``parameters`` and after them ``constexprs``.
         parameters: argument names in order, with Triton types: "*in" is a pointer to the input type, "*wide" one to
             float64 where the tier is wide and to float32 elsewhere.
+        constexprs: names of the compile-time constants in order.
         state: what crosses launches and is no output, with kinds.
     """
 
@@ -78,6 +88,7 @@ class Module:
     program: SweepList
     kernels: tuple[Kernel, ...]
     parameters: tuple[tuple[str, str], ...]
+    constexprs: tuple[str, ...]
     state: tuple[str, ...]
 
 
@@ -95,17 +106,21 @@ def print_module(
         program = program.one_sum_a_sweep()
     launches = _launches(program, schedule)
     state = tuple(name for name in program.crossing(launches) if name not in program.outputs)
-    parameters = _parameters(program, state)
+    cached = phase == "decode"
+    parameters = _parameters(program, state, cached)
+    row_printer = CachedRowKernelPrinter if cached else RowKernelPrinter
     texts, kernels = [], []
     for stages in launches:
         sweep = sweep_of(stages[0])
         lone_loop = stages[0] if len(stages) == 1 and isinstance(stages[0], Loop) else None
         kernel = Kernel(_name(program, stages), sweep.holds, lone_loop)
-        printer = RowKernelPrinter if sweep.holds == "rows" else KeyKernelPrinter
+        printer = row_printer if sweep.holds == "rows" else KeyKernelPrinter
         in_memory = {*state, *program.outputs, *program.given}
         texts.append(printer(program, in_memory).print(kernel.name, stages, parameters))
         kernels.append(kernel)
-    return Module("\n\n".join([_HEADER, *texts]), program, tuple(kernels), parameters, state)
+    header = CACHE_HEADER if cached else _HEADER
+    text = "\n\n".join([header, *texts])
+    return Module(text, program, tuple(kernels), parameters, row_printer.constexprs, state)
 
 
 def _launches(program: SweepList, schedule: str) -> list[tuple[Stage, ...]]:
@@ -120,7 +135,7 @@ def _name(program: SweepList, stages: tuple[Stage, ...]) -> str:
     return f"{program.name}_{sweep_of(stages[0]).name if len(stages) == 1 else 'fused'}"
 
 
-def _parameters(program: SweepList, state: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def _parameters(program: SweepList, state: tuple[str, ...], cached: bool) -> tuple[tuple[str, str], ...]:
     inputs = (*program.row_inputs, *program.col_inputs)
     parameters = [(f"{name}_ptr", "*in") for name in inputs]
     for name in (*program.given, *program.outputs, *state):
@@ -132,11 +147,10 @@ def _parameters(program: SweepList, state: tuple[str, ...]) -> tuple[tuple[str, 
         else:
             kind = "*i32" if stored == "int32" else "*fp32"
         parameters.append((f"{name}_ptr", kind))
-    parameters += [(name, "*i32") for name in _PACKED_POINTERS]
+    parameters += [(name, "*i32") for name in (_CACHE_POINTERS if cached else _POINTERS)]
     for name in ("scale", *program.row_scalars):
         parameters += [(f"{name}_ptr", "*fp32"), (name, "fp32")]
     for name in (*program.row_scalars, *inputs, *strided_outputs(program)):
         parameters += [(f"{name}_stride_{axis}", "i64") for axis in "bhn"]
     parameters += [(name, "fp32") for name in program.scalars]
-    parameters.append(("state_rows", "i64"))
-    return (*parameters, *((name, "i32") for name in _COUNTS))
+    return (*parameters, *(_CACHE_COUNTS if cached else _COUNTS))

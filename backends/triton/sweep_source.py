@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Iterable
 
 from lla_compile.expr import Expr, to_source
 from lla_compile.sweeps import Assign, Score, Sweep, SweepList
@@ -192,6 +193,15 @@ class SweepPrinter:
             self.narrow(name)
         out.add("lse_shifted = lse - WEIGHT_SHIFT")
 
+    def load_streamed_columns(self, names: Iterable[str]) -> None:
+        """The key tile that passes the held rows."""
+        for name in names:
+            width, block = self.width(name)
+            self.out.add(
+                f"{name} = load_tile("
+                f"{name}_base, start_n, seqlen_k, {name}_stride_n, {width}, BLOCK_K, {block}, segment != 1)"
+            )
+
     def narrow(self, name: str) -> None:
         """A wide number that was loaded, in float32 where the device takes no wide products."""
         if name in self.program.wide:
@@ -205,12 +215,7 @@ class SweepPrinter:
         if sweep.holds == "keys":
             self.load_streamed_rows(sweep)
         else:
-            for column in dict.fromkeys([s.col for s in sweep.scores] + [a.operand for a in sweep.accumulators]):
-                width, block = self.width(column)
-                out.add(
-                    f"{column} = load_tile("
-                    f"{column}_base, start_n, seqlen_k, {column}_stride_n, {width}, BLOCK_K, {block}, segment != 1)"
-                )
+            self.load_streamed_columns(dict.fromkeys([s.col for s in sweep.scores] + [a.operand for a in sweep.accumulators]))
         for score in sweep.scores:
             out.add(f"{score.name} = {self._score(score, sweep, side)}")
             if score is sweep.scores[0]:
