@@ -39,6 +39,14 @@ CASES = [
     dict(batch=1, heads=1, kv_heads=1, capacity=1),
 ]
 
+# What only the streaming schedule takes, heads wider than a covariance that fits among it.
+STREAM_CASES = [
+    dict(head_dim=130, head_dim_v=7, capacity=20, lengths=[20, 3, 1]),
+    dict(heads=6, kv_heads=1, queries=5, lengths=[40, 7, 5]),
+]
+# Knobs that turn a backend's default into the other schedule's smallest tile.
+STREAM = dict(schedule="fused", block_q=16, block_k=16, num_warps=4, num_stages=2, num_splits=None, block_d=None)
+
 
 @dataclass
 class DecodeProblem:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decode_problems import CASES, decode, decode_info, decode_plan, make_decode_problem
+from decode_problems import CASES, STREAM, STREAM_CASES, decode, decode_info, decode_plan, make_decode_problem
 from problems import assert_close
 
 from lla_compile import backends
@@ -17,10 +17,46 @@ def triton_decode(problem, **knobs):
     return decode(problem, "triton", **(BLOCKS | dict(num_splits=3) | knobs))
 
 
+def stream(problem, **knobs):
+    return decode(problem, "triton", **(STREAM | dict(num_warps=1, num_stages=1) | knobs))
+
+
 @pytest.mark.parametrize("fields", CASES, ids=str)
 def test_decode_cases(fields):
     problem = make_decode_problem(dtype=torch.float16, **fields)
     assert_close(triton_decode(problem), problem.reference(), LIMIT)
+
+
+@pytest.mark.parametrize("fields", CASES + STREAM_CASES, ids=str)
+def test_streaming_cases(fields):
+    problem = make_decode_problem(dtype=torch.float16, **fields)
+    assert_close(stream(problem), problem.reference(), LIMIT)
+
+
+@pytest.mark.parametrize("ridge", [1.0, 0.1, 0.01])
+def test_streaming_in_float32(ridge):
+    problem = make_decode_problem(heads=4, kv_heads=1, queries=2, ridge=ridge)
+    assert_close(stream(problem), problem.reference(), 1e-5)
+
+
+def test_streaming_in_tiles_of_a_group():
+    """More queries than a tile has rows."""
+    problem = make_decode_problem(dtype=torch.float16, heads=9, kv_heads=1, queries=4, lengths=[40, 4, 2], page_size=8)
+    assert_close(stream(problem), problem.reference(), LIMIT)
+
+
+def test_streaming_takes_tensors_of_ridge_and_scale_and_reports_the_solve():
+    ridge = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(1)) + 0.1
+    problem = make_decode_problem(dtype=torch.float16, heads=4, queries=2, lengths=[0, 40, 9], ridge=ridge)
+    scale = torch.tensor(0.3)
+    out = torch.full((3, 2, 4, 16), torch.nan, dtype=torch.float16).transpose(1, 2)
+    returned, iterations, residual = decode_info(
+        problem, "triton", scale=scale, given={"out": out}, **STREAM | dict(num_warps=1)
+    )
+    assert returned is out
+    assert_close(out, problem.reference(0.3), LIMIT)
+    assert (iterations[0] == 0).all() and (residual[0] == 0).all()
+    assert (iterations[1:] > 0).all() and (residual[1:] <= 10**-3.5).all()
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 5])

@@ -22,6 +22,7 @@ _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _MAX_REGISTERS = 255  # of a thread; what is left for addresses and row state beyond the tiles follows
 _REGISTERS_BESIDE_TILES = 40
 _MMA_ROWS = 16  # rows of query that one warp needs to own in a matrix instruction
+_WGMMA_ROWS = 64  # of the least that compute capability 9 multiplies by wgmma; fewer go to the older instruction
 _WIDEST_PAIR = 128  # columns of accumulators that a key tile can have two of
 _BARRIER_BYTES = 256
 _FUSED_ON_TCGEN05 = (3, 9)  # 3.6 fails in its tensor-memory layout pass; the versions between were not tried
@@ -149,7 +150,7 @@ def _placement(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: Devic
     if (spec.dtype, spec.precision) == ("float32", "accurate"):
         terms = 3  # of a tf32x3 product
     split = config.schedule == "split"  # a split sweep loads its row operands instead of computing them
-    if 9 <= capability < 10:  # wgmma: four warps own 64 rows; more of them share rows
+    if 9 <= capability < 10 and tiles.held_block >= _WGMMA_ROWS:  # four warps own 64 rows; more of them share rows
         crossed = config.num_warps > 4 and tiles.held_block < _MMA_ROWS * config.num_warps
         in_shared = crossed or split or spec.dtype == "float32"
         return _Placement(terms * in_shared, terms, crossed, stages)
@@ -186,6 +187,8 @@ def shared_memory_bytes(spec: LLASpec, config: KernelConfig, device: DeviceInfo)
 
 def _shared(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> int:
     placement, terms = _placement(spec, config, tiles, device), split_terms(spec.dtype, spec.precision)
+    if spec.dtype == "float32" and tiles.held_block < _MMA_ROWS * config.num_warps:
+        terms += 1  # warps that share rows exchange weights once more to take them apart
     elements = tiles.held + placement.stages * tiles.streamed
     elements += placement.computed_copies * tiles.computed + placement.loaded_copies * tiles.loaded
     if placement.weights_in_shared:

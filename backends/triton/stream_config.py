@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 _MIN_ROWS = 16  # of a matrix instruction: a group with fewer queries leaves some idle
 _CG_MAX_ITERS = 256  # as for `gram`: see gram_config
-# (block_k, num_warps, num_stages), best first; the first that fits is taken.
+# (block_k, num_warps, num_stages), best first; the first that fits is taken. float32 products of 64 keys would spill.
 _PREFERENCE = ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (32, 4, 1), (16, 4, 2), (16, 4, 1))
 
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """One tile of as few rows as the queries of a group need."""
-    for block_k, num_warps, num_stages in _PREFERENCE:
+    for block_k, num_warps, num_stages in _PREFERENCE[2 if spec.dtype == "float32" else 0 :]:
         config = KernelConfig("triton", "fused", _row_blocks(spec)[0], block_k, _CG_MAX_ITERS, num_warps, num_stages)
         if infeasible(spec, config, device) is None:
             break
