@@ -58,7 +58,7 @@ def make_plan(
         return _misfit(config, entry.search.get("kernel_hash"), spec, device, usable, refused)
 
     bucket = bucket_of_spec(spec)
-    match = lookup(key_of(spec), bucket, *sizes_of(spec), device, reject)
+    match = lookup(key_of(spec), bucket, *sizes_of(spec), device, reject, spec.cg_max_iters)
     notes = tuple(f"backend {name} is not used: {why}" for name, why in refused.items())
     if match.entry is not None:
         return Plan(spec, device, match.entry.config, match.source, match.distance, match.reason, notes)

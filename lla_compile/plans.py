@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("fused", "split")
 DECODE_SCHEDULES = ("gram", "fused")
+STREAMING_SCHEDULES = SCHEDULES  # they read the keys once an iteration
 _TILE_KNOBS = ("block_q", "block_k", "num_warps", "num_stages")
 _GRAM_KNOBS = ("num_splits", "block_d")
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
@@ -28,7 +29,7 @@ class KernelConfig:
     Args:
         backend: name of a backend, e.g. "triton" or "eager".
         schedule: "fused" (one launch runs all sweeps of a query tile), "split" (one launch a sweep), or in phase
-            "decode" "gram" (one pass over the keys forms the covariances, see :mod:`lla_compile.gram`).
+            "decode" "gram" (one pass over the keys forms the covariances, see :mod:`lla_compile.gram`) or "fused".
         block_q: query rows of a tile, B_r.
         block_k: keys of a tile, B_c.
         cg_max_iters: cap on the CG iterations unless the caller gives one.

@@ -61,7 +61,7 @@ def lookup_in(*entries, source=Source.EXACT, distance=0.0):
     """A look-up that offers ``entries`` in order; the queries that it got are in its attribute ``queries``."""
     queries = []
 
-    def lookup(key, bucket, seqlen, batch_heads, device, reject):
+    def lookup(key, bucket, seqlen, batch_heads, device, reject, cg_max_iters=None):
         queries.append((key, bucket, seqlen, batch_heads, device))
         refused = []
         for entry in entries:

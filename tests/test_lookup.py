@@ -36,9 +36,9 @@ def shipped(tmp_path):
     return lambda device, *entries: record(device, entries, path=tmp_path / "shipped" / f"{device.id}.yaml")
 
 
-def find(seqlen=4096, batch_heads=32, key=KEY, device=H200, reject=lambda config, entry: None):
-    bucket = bucket_of(seqlen, batch_heads)
-    return lookup(key, bucket, seqlen=seqlen, batch_heads=batch_heads, device=device, reject=reject)
+def find(seqlen=4096, batch_heads=32, key=KEY, device=H200, reject=lambda config, entry: None, cg_max_iters=None):
+    bucket, sizes = bucket_of(seqlen, batch_heads), {"seqlen": seqlen, "batch_heads": batch_heads}
+    return lookup(key, bucket, **sizes, device=device, reject=reject, cg_max_iters=cg_max_iters)
 
 
 def test_nothing_anywhere():
@@ -52,6 +52,21 @@ def test_exact():
     match = find(4000, 30)
     assert (match.entry, match.source, match.distance, match.file) == (make_entry(), Source.EXACT, 0.0, str(path))
     assert match.reason == "measured at seqlen 4096, batch_heads 32 on 2026-03-01"
+
+
+@pytest.mark.parametrize("cap, schedule", [(None, "gram"), (20, "gram"), (4, "gram"), (3, "fused"), (1, "fused")])
+def test_few_iterations_make_streaming_the_faster_plan(cap, schedule):
+    """13 passes over a cache take 2.6 ms at 10 iterations, so that 7 take 1.4 ms and 6 take 1.2 ms."""
+    plan = {"backend": "triton", "schedule": "fused", "block_q": 16, "block_k": 64, "cg_max_iters": 256}
+    streaming = {"plan": plan, "median_ms": 2.6, "iterations": 10.0, "kernel_hash": "5678"}
+    entry = make_entry(schedule="gram", block_q=1, median_ms=1.3)
+    record(H200, [replace(entry, result=entry.result | {"streaming": streaming})])
+    seen = []
+    match = find(cg_max_iters=cap, reject=lambda config, entry: seen.append(entry.search["kernel_hash"]))
+    assert match.entry.config.schedule == schedule and match.source is Source.EXACT
+    assert seen == ["0123abcd" if schedule == "gram" else "5678"]
+    assert (f"at most {cap} iterations take less than gram" in match.reason) == (schedule == "fused")
+    assert find(cg_max_iters=cap, reject=lambda config, entry: "no").entry is None
 
 
 @pytest.mark.parametrize("seqlen, batch_heads", [(3072, 8), (6144, 512), (3072, 512)])

@@ -195,6 +195,9 @@ class TestSearch:
             def retime(self, configs):
                 return [Timing(backend.milliseconds(config), 0.0) for config in configs]
 
+            def iterations(self, config):
+                return 12.5
+
         space = SearchSpace.joint(SPEC, problem().device, {"eager": backend})
         with quiet_optuna():
             study = TuningStudy(optuna.storages.InMemoryStorage(), "study", space, 0)
@@ -209,6 +212,10 @@ class TestSearch:
         measured = [record.config for record in records if record.outcome.ok]
         assert sum(config.schedule == "fused" for config in measured) >= 4
         assert decision.config.schedule == "gram" and decision.config.num_splits in (8, 16, 32)
+        fastest = min((config for config in measured if config.schedule == "fused"), key=Cache().milliseconds)
+        streaming = decision.streaming
+        assert (streaming.config, streaming.median_ms) == (fastest, Cache().milliseconds(fastest))
+        assert streaming.iterations == 12.5
 
     def test_a_neighbours_number_of_splits_comes_as_near_as_the_space_has_it(self):
         winner = replace(Cache().default_config(SPEC, None), num_splits=300, block_d=32)

@@ -42,7 +42,13 @@ class Match:
 
 
 def lookup(
-    key: TuningKey, bucket: Bucket, seqlen: int, batch_heads: int, device: DeviceInfo, reject: Reject
+    key: TuningKey,
+    bucket: Bucket,
+    seqlen: int,
+    batch_heads: int,
+    device: DeviceInfo,
+    reject: Reject,
+    cg_max_iters: int | None = None,
 ) -> Match:
     """The best entry for a problem. Reads each file once a process; a miss is a result, not an error.
 
@@ -58,6 +64,7 @@ def lookup(
         seqlen, batch_heads: the sizes themselves, for the validity ranges.
         device: where it will run.
         reject: gives a reason to refuse an entry (stale sources, resources that the device lacks), or None.
+        cg_max_iters: the caller's cap, which may make another plan of an entry the faster one.
     """
     query = _Query(key, bucket, seqlen, batch_heads, device)
     refusals: dict[int, str] = {}
@@ -65,11 +72,14 @@ def lookup(
         for path, entry in level(query):
             if id(entry) in refusals:
                 continue
-            if refusal := reject(entry.config, entry):
+            chosen = entry.for_iterations(cg_max_iters)
+            if refusal := reject(chosen.config, chosen):
                 refusals[id(entry)] = f"{entry.describe()} in {path.name}: {refusal}"
                 continue
             reason = _why(source, entry, path, query) + _toolchain_note(entry, path) + _refused(refusals)
-            return Match(entry, source, query.distance(entry), reason, str(path))
+            if chosen is not entry:
+                reason += f"; at most {cg_max_iters} iterations take less than {entry.config.schedule} does"
+            return Match(chosen, source, query.distance(entry), reason, str(path))
     return Match(None, Source.HEURISTIC, 0.0, _why_none(query) + _refused(refusals), None)
 
 

@@ -76,6 +76,12 @@ class Evaluator:
         launches = [self._launch(config) for config in configs]
         return interleaved(self._timer, launches, self._preset.final_ms, self._preset.repeats)
 
+    def iterations(self, config: KernelConfig) -> float:
+        """The mean number of CG iterations in what is timed."""
+        executable = self._bind(self._problem.spec, config)
+        results = executable(_inputs(self._timed, TIMED_RIDGE, executable), ("out", "iterations"))
+        return results["iterations"].float().mean().item()
+
     def _outcome(self, attempt: Callable[[], Outcome]) -> Outcome:
         self._prepare()
         try:

@@ -9,11 +9,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Callable, Iterable, Protocol
 
-from lla_compile.plans import KernelConfig
+from lla_compile.plans import STREAMING_SCHEDULES, KernelConfig
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import FAILURES, DeviceLost, Kind, Outcome
 from lla_compile.tuner.space import SearchSpace
-from lla_compile.tuner.study import STARTUP_TRIALS, Decision, Proposal, Record, TuningStudy, retimed
+from lla_compile.tuner.study import STARTUP_TRIALS, Decision, Proposal, Record, Streaming, TuningStudy, retimed
 from lla_compile.tuner.timing import Timing
 
 # Proposals in a row that turn out infeasible or known, after which an untried configuration is taken at random.
@@ -216,11 +216,16 @@ class Search:
         default = self._space.default()
         outcome = self._known.get(default)
         measured = outcome is not None and outcome.ok
-        finalists = list(dict.fromkeys([r.config for r in best] + ([default] if measured else [])))
+        streamed = self._fastest_streaming()
+        finalists = [r.config for r in best] + ([default] if measured else []) + ([streamed] if streamed else [])
+        finalists = list(dict.fromkeys(finalists))
         with self._interruption.prompt():
             timings = dict(zip(finalists, self._evaluate.retime(finalists)))
             winner = min(finalists, key=lambda config: timings[config].median_ms)
             verified = self._evaluate.verify(winner) or self._known[winner]
+            streaming = None
+            if streamed and streamed.schedule != winner.schedule:
+                streaming = Streaming(streamed, timings[streamed].median_ms, self._evaluate.iterations(streamed))
         if not verified.ok:
             self._study.refute(winner, verified)
             return self._decide()
@@ -230,9 +235,17 @@ class Search:
             timings[default].median_ms if measured else None,
             evaluated(self._records),
             datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            streaming,
         )
         self._study.decide(decision)
         return decision
+
+    def _fastest_streaming(self) -> KernelConfig | None:
+        """Of decoding's configurations that iterate over the cache: what calls with few iterations may prefer."""
+        if self._space.spec.phase != "decode":
+            return None
+        streaming = (r.config for r in ranked(self._records) if r.config.schedule in STREAMING_SCHEDULES)
+        return next(streaming, None)
 
 
 def ranked(records: Iterable[Record]) -> list[Record]:

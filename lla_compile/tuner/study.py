@@ -7,7 +7,7 @@ import datetime
 import os
 import socket
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Callable, Iterator, Sequence
 
 import optuna
@@ -50,6 +50,21 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Streaming:
+    """A decoding configuration whose time grows with the iterations.
+
+    Attributes:
+        config: the fastest of its kind.
+        median_ms: its time in the last comparison.
+        iterations: the mean of CG in it.
+    """
+
+    config: KernelConfig
+    median_ms: float
+    iterations: float
+
+
+@dataclass(frozen=True)
 class Decision:
     """How a search ended.
 
@@ -59,6 +74,7 @@ class Decision:
         default_ms: the default's time in that comparison; None if the default fails.
         trials: configurations that had been evaluated by then.
         date: when, ISO 8601 in UTC.
+        streaming: in phase "decode" the best that iterates over the cache, where the winner does not.
     """
 
     config: KernelConfig
@@ -66,6 +82,7 @@ class Decision:
     default_ms: float | None
     trials: int
     date: str
+    streaming: Streaming | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +185,7 @@ class TuningStudy:
                 "default_ms": decision.default_ms,
                 "trials": decision.trials,
                 "date": decision.date,
+                "streaming": decision.streaming and asdict(decision.streaming),
             },
         )
 
@@ -177,7 +195,10 @@ class TuningStudy:
         if kept is None:
             return None
         config, outcome = KernelConfig.from_dict(kept["config"]), Outcome.from_dict(kept["outcome"])
-        return Decision(config, outcome, kept["default_ms"], kept["trials"], kept["date"])
+        streaming = kept.get("streaming")
+        if streaming:
+            streaming = Streaming(**(streaming | {"config": KernelConfig.from_dict(streaming["config"])}))
+        return Decision(config, outcome, kept["default_ms"], kept["trials"], kept["date"], streaming)
 
 
 def retimed(outcome: Outcome, timing: Timing) -> Outcome:

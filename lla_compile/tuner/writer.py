@@ -31,6 +31,13 @@ def make_entry(
     }
     if decision.default_ms is not None:
         result["default_ms"] = round(decision.default_ms, 6)
+    if (streaming := decision.streaming) is not None:
+        result["streaming"] = {
+            "plan": streaming.config.as_dict(),
+            "median_ms": round(streaming.median_ms, 6),
+            "iterations": round(streaming.iterations, 2),
+            "kernel_hash": space.backends[streaming.config.backend].source_hash(problem.spec, streaming.config),
+        }
     return Entry(
         key=key_of(problem.spec),
         valid=validity(bucket, problem.spec.phase),

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from decode_problems import CASES
+from decode_problems import CASES, STREAM, STREAM_CASES
 from on_gpu import bound_decode, gpu_decode_problem, gpu_problem, need_free_memory, poison_free_memory, triton_decode
 from problems import assert_close, relative_error
 
@@ -44,6 +44,21 @@ def assert_each_close(out, expected, limit, what=""):
 def test_decode_cases(fields, dtype):
     p = gpu_decode_problem(**dict(head_dim=16, dtype=dtype) | fields)
     assert_close(triton_decode(p, num_splits=3), p.reference(), LIMIT)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("fields", CASES + STREAM_CASES, ids=str)
+def test_streaming_cases(fields, dtype):
+    p = gpu_decode_problem(**dict(head_dim=16, dtype=dtype) | fields)
+    assert_close(triton_decode(p, **STREAM), p.reference(), 1e-5 if dtype == torch.float32 else LIMIT)
+
+
+@RIDGES
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_streaming_at_any_length(head_dim, ridge):
+    p = long_problem(head_dim)
+    p.ridge = ridge
+    assert_each_close(triton_decode(p, **STREAM | dict(block_k=64)), p.reference(), LIMIT)
 
 
 @RIDGES
@@ -198,9 +213,10 @@ def test_the_planner_chooses_triton():
 
 
 @pytest.mark.parametrize("fields", [dict(head_dim=256), dict(head_dim_v=256), dict(dtype=torch.float32)], ids=str)
-def test_the_eager_backend_takes_the_rest(fields):
+def test_what_gram_does_not_take_is_streamed(fields):
     p = medium_problem(**fields)
-    assert plan(p.q, p.k_cache, p.v_cache, phase="decode").config.backend == "eager"
+    chosen = plan(p.q, p.k_cache, p.v_cache, phase="decode").config
+    assert chosen.backend == "triton" and chosen.schedule == "fused"
     assert_close(lla_decode(**p.arguments()), p.reference(), LIMIT)
 
 
