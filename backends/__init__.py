@@ -62,6 +62,9 @@ class Backend(Protocol):
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         """The heuristic choice: always within :meth:`infeasible`'s limits."""
 
+    def alternatives(self, spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
+        """What the heuristic passes over and a measurement may prefer: defaults of other schedules, within limits."""
+
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
         """Values worth trying for each knob of KernelConfig but ``backend``."""
 

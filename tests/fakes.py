@@ -23,6 +23,9 @@ class FakeBackend:
     def unsupported(self, spec, device):
         return self.refuses(spec) if callable(self.refuses) else self.refuses
 
+    def alternatives(self, spec, device):
+        return ()
+
     def default_config(self, spec, device):
         return KernelConfig(self.name, "fused", 64, 64, 32)
 

@@ -88,4 +88,6 @@ def test_each_schedule_refuses_the_knobs_of_the_other():
     assert "block_q 1" in BACKEND.infeasible(spec, replace(gram, block_q=16), device)
     assert "num_splits" in BACKEND.infeasible(spec, replace(stream, num_splits=1), device)
     assert "gram and fused" in BACKEND.infeasible(spec, replace(stream, schedule="split"), device)
+    assert BACKEND.alternatives(spec, device) == (stream,)
+    assert BACKEND.alternatives(make_spec("float32", 64), device) == ()
     assert {None} < set(BACKEND.search_space(spec, device)["num_splits"])

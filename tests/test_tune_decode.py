@@ -51,6 +51,9 @@ class Cache:
     def unsupported(self, spec, device):
         return None
 
+    def alternatives(self, spec, device):
+        return ()
+
     def default_config(self, spec, device):
         return KernelConfig(self.name, "gram", 1, 64, 32, num_warps=4, num_stages=2, num_splits=1, block_d=16)
 

@@ -54,6 +54,9 @@ class Landscape:
     def unsupported(self, spec, device):
         return None
 
+    def alternatives(self, spec, device):
+        return ()
+
     def default_config(self, spec, device):
         return KernelConfig(self.name, "fused", 32, 32, 32, **{knob: values[0] for knob, values in self._extra.items()})
 

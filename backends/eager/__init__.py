@@ -58,6 +58,9 @@ class EagerBackend:
             config = replace(config, block_q=(config.block_q + 1) // 2, block_k=(config.block_k + 1) // 2)
         return config
 
+    def alternatives(self, spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
+        return ()
+
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
         default = self.default_config(spec, device)
         if spec.phase == "decode":

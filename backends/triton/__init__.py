@@ -45,6 +45,9 @@ class TritonBackend:
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         return _choices(spec).default_config(spec, device)
 
+    def alternatives(self, spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
+        return decode_config.alternatives(spec, device) if spec.phase == "decode" else ()
+
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
         return _choices(spec).search_space(spec, device)
 

@@ -23,6 +23,13 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     return stream_config.default_config(spec, device)
 
 
+def alternatives(spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
+    """The streaming default where it is not the default."""
+    config = stream_config.default_config(spec, device)
+    is_other = config != default_config(spec, device) and infeasible(spec, config, device) is None
+    return (config,) if is_other else ()
+
+
 def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     """Values worth trying; None stands for a knob that a schedule does not have."""
     spaces = [stream_config.search_space(spec, device)]

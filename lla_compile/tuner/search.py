@@ -117,7 +117,7 @@ class Search:
         """Search until the budget is spent, then decide; None if no configuration is correct.
 
         Args:
-            enqueue: tried right after the heuristic default, and before the first random ones, when the study is new;
+            enqueue: tried right after the heuristic defaults, and before the first random ones, when the study is new;
                 each as near as the space comes to it.
 
         Raises:
@@ -127,7 +127,7 @@ class Search:
         if self._study.is_new:
             at_random = itertools.islice(self._untried, STARTUP_TRIALS)
             near = filter(None, map(self._space.nearest, enqueue))
-            self._study.enqueue(dict.fromkeys([self._space.default(), *near, *at_random]))
+            self._study.enqueue(dict.fromkeys([*self._space.openings(), *near, *at_random]))
         elif (decision := self._study.decision()) and decision.trials >= self._budget.trials:
             return decision  # nothing is left to do, and timing again could swap two equals
         try:

@@ -44,6 +44,11 @@ class SearchSpace:
         """What would run untuned: the heuristic of the first backend."""
         return next(iter(self.backends.values())).default_config(self.spec, self.device)
 
+    def openings(self) -> list[KernelConfig]:
+        """What is tried first: the default, and the backends' own alternatives."""
+        others = (config for x in self.backends.values() for config in x.alternatives(self.spec, self.device))
+        return [self.default(), *others]
+
     def infeasible(self, config: KernelConfig) -> str | None:
         """The limit that a configuration breaks, or None."""
         return self.backends[config.backend].infeasible(self.spec, config, self.device)
