@@ -233,7 +233,25 @@ def _lla_forward() -> SweepList:
 
 def _lla_decode() -> SweepList:
     forward = _lla_forward()
-    return replace(forward, name="lla_decode", outputs={name: forward.outputs[name] for name in ("out", *INFO)})
+    return replace(
+        forward,
+        name="lla_decode",
+        stages=(*forward.stages[:-1], _normalised(forward.stages[-1])),
+        outputs={name: forward.outputs[name] for name in ("out", *INFO)},
+    )
+
+
+def _normalised(output: Sweep) -> Sweep:
+    """The output over sum_j p_j c_j, which is 1 but for rounding: what errors of the c_j have in common drops out.
+
+    A query of one or two keys has a probe of norm |k - q|/ridge, and every c_j the error of its product with the mean.
+    """
+    (total,), weight_sum = output.accumulators, row("weight_sum")
+    return replace(
+        output,
+        accumulators=(replace(total, row_sum="weight_sum"),),
+        epilogue=(Assign("out", vector("out") * where(weight_sum > 0.5, 1 / weight_sum, 1)),),
+    )
 
 
 def _lla_backward() -> SweepList:

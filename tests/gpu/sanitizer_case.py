@@ -5,6 +5,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+from decode_problems import STREAM  # noqa: E402
 from on_gpu import gpu_decode_problem, gpu_packed, gpu_problem, gradients, triton, triton_decode  # noqa: E402
 from problems import assert_close, make_grad_out  # noqa: E402
 
@@ -33,4 +34,5 @@ for fields in DECODE_CASES:
     p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
     for num_splits in (1, 3):
         assert_close(triton_decode(p, num_splits=num_splits), p.reference(), 2.5e-3)
+    assert_close(triton_decode(p, **STREAM), p.reference(), 2.5e-3)
 print("done")
