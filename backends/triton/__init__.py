@@ -86,7 +86,7 @@ def _choices(spec: LLASpec):
 
 @lru_cache(maxsize=None)
 def _hash_of_files(*names: str, printed: tuple | None = None) -> str:
-    """Of what a plan compiles: hand-written files of this folder, after what :func:`print_module` makes of ``printed``."""
+    """Of what a plan compiles: what :func:`print_module` makes of ``printed``, and hand-written files beside it."""
     text = print_module(*printed).text if printed else ""
     written = text + "".join((Path(__file__).parent / name).read_text() for name in names)
     return hashlib.sha256(written.encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Callable, Mapping, NamedTuple
 
 import torch
 
+from lla_compile.backends.scalars import scalars_of
 from lla_compile.lowering import lower
 from lla_compile.storage import layout
 
@@ -42,7 +43,8 @@ class DecodeLauncher:
 
     def __call__(self, inputs, wanted):
         plan, spec = self._plan, self._plan.spec
-        q, k, v, ridge, scale = (inputs[name] for name in ("q", "k", "v", "ridge", "scale"))
+        q, k, v = (inputs[name] for name in "qkv")
+        ridge_ptr, ridge, ridge_strides, scale_ptr, scale = scalars_of(inputs)
         program = lower(spec.op, spec.phase)
         results = {
             name: inputs[name]
@@ -50,13 +52,6 @@ class DecodeLauncher:
             else layout(program, name, q, k, v, spec.precision, packed=False).empty(q)
             for name in wanted
         }
-        ridge_ptr, ridge_strides = None, (0, 0, 0)
-        if isinstance(ridge, torch.Tensor):
-            ridge_ptr = ridge.to(torch.float32).expand(q.shape[:3])
-            ridge, ridge_strides = 1.0, ridge_ptr.stride()
-        scale_ptr = None
-        if isinstance(scale, torch.Tensor):
-            scale_ptr, scale = scale.to(torch.float32), 1.0
         table, own = inputs.get("block_table"), self._own_arguments(inputs)
         arguments = {
             "seqlens_ptr": inputs["seqlens"],

@@ -290,6 +290,5 @@ start, full_start, full_stop, stop = query_segments(
         for name in sweep.writes():
             width, block = self.sweeps.width(name)
             base = f"{name}_ptr + batch * {name}_stride_b + kv_head * {name}_stride_h + k_start * {name}_stride_n"
-            out.add(
-                f"store_tile({base}, {name}, start_n, seqlen_k, {name}_stride_n, {width}, {SIDES['keys'].held_block}, {block})"
-            )
+            tile = f"{width}, {SIDES['keys'].held_block}, {block}"
+            out.add(f"store_tile({base}, {name}, start_n, seqlen_k, {name}_stride_n, {tile})")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 import torch
 import triton
 
+from lla_compile.backends.scalars import scalars_of
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
 from lla_compile.backends.triton.kernel_source import CONSTEXPRS, strided_outputs
 from lla_compile.backends.triton.packing import max_tiles, tile_table
@@ -149,15 +150,8 @@ class Launcher:
 
     def __call__(self, inputs, wanted):
         spec = self._spec
-        q, ridge, scale = inputs["q"], inputs["ridge"], inputs["scale"]
-        ridge_ptr, ridge_strides = None, (0, 0, 0)
-        if isinstance(ridge, torch.Tensor):
-            ridge_ptr = ridge.to(torch.float32).expand(q.shape[:3])
-            ridge, ridge_strides = 1.0, ridge_ptr.stride()
-        scale_ptr = None
-        if isinstance(scale, torch.Tensor):
-            scale_ptr, scale = scale.to(torch.float32), 1.0
-
+        q = inputs["q"]
+        ridge_ptr, ridge, ridge_strides, scale_ptr, scale = scalars_of(inputs)
         program_inputs = lower(spec.op, spec.phase)
         strides, aligned = [], True
         for name in (*program_inputs.row_inputs, *program_inputs.col_inputs):

@@ -215,7 +215,8 @@ class SweepPrinter:
         if sweep.holds == "keys":
             self.load_streamed_rows(sweep)
         else:
-            self.load_streamed_columns(dict.fromkeys([s.col for s in sweep.scores] + [a.operand for a in sweep.accumulators]))
+            columns = [score.col for score in sweep.scores] + [a.operand for a in sweep.accumulators]
+            self.load_streamed_columns(dict.fromkeys(columns))
         for score in sweep.scores:
             out.add(f"{score.name} = {self._score(score, sweep, side)}")
             if score is sweep.scores[0]:
