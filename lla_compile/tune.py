@@ -4,6 +4,7 @@
     python -m lla_compile.tune --gpu auto --phase backward --head-dim 128 --seqlen 4096
     python -m lla_compile.tune --gpu h200 --dtype bfloat16 --head-dim 64 128 --seqlen 4096 --trials 100
     python -m lla_compile.tune --phase decode --head-dim 128 --seqlen 16384 --batch-heads 8 256 --group 1 4 8
+    python -m lla_compile.tune --devices all --storage postgresql+psycopg://tuner@db/studies --resume
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo, identify, resolve
 from lla_compile.spec import DTYPES, PHASES, PRECISIONS, LLASpec
+from lla_compile.tuner import fleet
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.evaluate import synchronize
 from lla_compile.tuner.grid import Grid
@@ -29,7 +31,7 @@ from lla_compile.tuner.outcome import DeviceLost, one_line
 from lla_compile.tuner.presets import PRESETS, Preset
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.progress import ProgressReport, make_console, print_results
-from lla_compile.tuner.session import KeyResult, Settings, tune_key
+from lla_compile.tuner.session import KeyResult, Settings, begin_key, tune_key
 from lla_compile.tuner.storage import open_storage
 from lla_compile.tuner.study import quiet_optuna
 from lla_compile.tuner.writer import out_file, require_writable
@@ -45,21 +47,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        info, device = find_device(args.gpu)
+        info, devices = find_devices(args.gpu, args.devices)
         preset = _preset(args, info)
         specs = _specs(args, preset)
         path = out_file(args.out, info.id)
         require_writable(path, info)
         with quiet_optuna():
             storage = open_storage(args.storage)
-            problems = [Problem(spec, info, device) for spec in specs]
+            problems = [Problem(spec, info, devices[0]) for spec in specs]
             named = tuple(args.backend or ())
             with contextlib.ExitStack() as stack:
                 interruption = stack.enter_context(Interruption())
+                if len(devices) > 1:
+                    task = fleet.Task(tuple(specs), info, preset, args.seed, named, args.storage, path)
+                    if not _explore(problems, task, devices, storage, interruption, args.resume):
+                        return EXIT_INTERRUPTED
                 pool = None  # nothing that runs on a CPU has a compiler
                 if not info.is_cpu:
                     pool = stack.enter_context(CompilePool(info, worker_count(), preset.compile_timeout_s))
-                settings = Settings(preset, args.seed, args.resume, storage, path, interruption, named, pool)
+                resume = args.resume or len(devices) > 1
+                settings = Settings(preset, args.seed, resume, storage, path, interruption, named, pool)
                 return _tune(problems, settings)
     except (ValueError, DatabaseError, optuna.exceptions.StorageInternalError) as error:
         print(f"lla_compile.tune: {' '.join(str(error).split())}", file=sys.stderr)
@@ -90,6 +97,54 @@ def find_device(name: str) -> tuple[DeviceInfo, torch.device]:
             return info, device
     found = ", ".join(dict.fromkeys(info.id for info in here.values()))
     raise ValueError(f"--gpu {name}: no {wanted.id} in this machine, which has {found}; use one of these or auto")
+
+
+def find_devices(gpu: str, which: str | None) -> tuple[DeviceInfo, list[torch.device]]:
+    """The devices of this machine that ``--gpu`` and ``--devices`` mean; all of them are the same product.
+
+    Args:
+        gpu: as :func:`find_device` takes it.
+        which: None (that one device), "all" (every GPU that is the same), or indices such as "0,1".
+
+    Raises:
+        ValueError: a device is not in this machine, or they differ.
+    """
+    if which is None or which == "all":
+        info, device = find_device(gpu)
+        if which is None:
+            return info, [device]
+        indices = range(torch.cuda.device_count())
+        devices = [torch.device("cuda", i) for i in indices if identify(torch.device("cuda", i)) == info]
+    else:
+        try:
+            devices = [torch.device("cuda", int(index)) for index in which.split(",")]
+        except (ValueError, RuntimeError):
+            raise ValueError(f"--devices must be all or indices such as 0,1, got {which!r}") from None
+        if len(set(devices)) < len(devices):
+            raise ValueError(f"--devices {which} names a device twice")
+        found = {device: identify(device) for device in devices}
+        info = found[devices[0]] if gpu == "auto" else find_device(gpu)[0]
+        for device, other in found.items():
+            if other != info:
+                raise ValueError(f"--devices {which}: {device} is {other.id}, not {info.id}; tune them one by one")
+    if not devices:
+        raise ValueError(f"--devices is for GPUs: searches that share a CPU ({info.id}) would time each other")
+    return info, devices
+
+
+def _explore(problems, task: fleet.Task, devices, storage, interruption: Interruption, resume: bool) -> bool:
+    """Search on several devices; False if that was interrupted."""
+    print(f"Searching {len(problems)} key(s) on {len(devices)} devices: {', '.join(map(str, devices))}", flush=True)
+    settings = Settings(task.preset, task.seed, resume, storage, task.path, interruption, task.backends)
+    for problem in () if resume else problems:
+        with contextlib.suppress(ValueError):  # said where the key is decided
+            begin_key(problem, settings)
+    try:
+        fleet.explore(task, devices, interruption)
+    except KeyboardInterrupt:
+        print("Interrupted. Finished trials are kept; the same command with --resume goes on.")
+        return False
+    return True
 
 
 def _tune(problems: Sequence[Problem], settings: Settings) -> int:
@@ -198,8 +253,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--trials", type=positive, help="configurations evaluated for a key")
     parser.add_argument("--timeout", type=_number(float, "a positive number"), metavar="S", help="seconds for a key")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with the last search of the same keys and seed")
-    parser.add_argument("--storage", metavar="URL", help="Optuna storage URL (default: a file in the user's state)")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the last search of the same keys and seed, or join it where another process is at it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage", metavar="URL",
+        help="where searches are kept, for several hosts to share them: any Optuna storage URL such as "
+        "postgresql+psycopg://USER@HOST/NAME, or journal:///FILE (default: a file in the user's state)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--devices", metavar="all|0,1", help="search on several GPUs of this host together (default: on one)"
+    )
     parser.add_argument("--out", type=Path, help="YAML file or directory to write to (default: the user's overlay)")
     parser.add_argument("--quick", action="store_true", help="few keys, few trials")
     return parser
