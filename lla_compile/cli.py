@@ -1,4 +1,4 @@
-"""The console script ``lla-compile``: ``tune`` and ``db``."""
+"""The console script ``lla-compile``: ``tune``, ``db`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return tune(argv[1:]) or 0
 
-    from lla_compile import db_cli
+    from lla_compile import db_cli, doctor
 
     parser = argparse.ArgumentParser(prog="lla-compile", description="Tune Local Linear Attention; manage the results.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{tune,db}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{tune,db,doctor}")
     commands.add_parser("tune", help="search the best plans for this machine (see `lla-compile tune --help`)")
     db_cli.add_arguments(commands.add_parser("db", help="list, show, verify and merge tuned plans"))
+    doctor.add_arguments(commands.add_parser("doctor", help="what this machine is, what is tuned for it, what works"))
     options = parser.parse_args(argv)
     return options.run(options)

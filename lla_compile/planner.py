@@ -77,8 +77,15 @@ def refusal(entry, device: DeviceInfo, backends: Mapping[str, Backend]) -> str |
         spec = entry.spec()
     except ValueError as error:
         return str(error)
-    usable, refused = _usable(spec, device, backends, None, None)
+    usable, refused = usable_backends(spec, device, backends)
     return _misfit(entry.config, entry.search.get("kernel_hash"), spec, device, usable, refused)
+
+
+def usable_backends(
+    spec: LLASpec, device: DeviceInfo, backends: Mapping[str, Backend]
+) -> tuple[dict[str, Backend], dict[str, str]]:
+    """The backends that :func:`make_plan` chooses from, and why it does not consider the others that it knows of."""
+    return _usable(spec, device, backends, None, None)
 
 
 def _usable(spec, device, backends, backend, allowed) -> tuple[dict[str, Backend], dict[str, str]]:

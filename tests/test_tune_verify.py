@@ -18,7 +18,6 @@ class Drifting(Landscape):
 
     factor = 1.0
 
-
     def __init__(self):
         super().__init__(time=self._milliseconds)
 
