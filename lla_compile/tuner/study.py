@@ -107,13 +107,7 @@ class TuningStudy:
 
     def records(self) -> list[Record]:
         """Finished trials in order; those that were interrupted are left out."""
-        records = [
-            Record(t.number, _config(t), Outcome.from_dict(t.user_attrs[_OUTCOME]), t.user_attrs[_FREE])
-            for t in self._trials(*_FINISHED)
-        ]
-        kept = self._study.user_attrs.get(_REFUTED, ())
-        refuted = {KernelConfig.from_dict(config): Outcome.from_dict(outcome) for config, outcome in kept}
-        return [replace(record, outcome=refuted.get(record.config, record.outcome)) for record in records]
+        return read_records(self._study)
 
     def refute(self, config: KernelConfig, outcome: Outcome) -> None:
         """Put the outcome of a later check into the place of that of a configuration's trial."""
@@ -267,11 +261,31 @@ class TuningStudy:
 
     def decision(self) -> Decision | None:
         """The end of the search if it has been reached."""
-        kept = self._study.user_attrs.get(_DECISION)
-        if kept is None:
-            return None
-        config, outcome = KernelConfig.from_dict(kept["config"]), Outcome.from_dict(kept["outcome"])
-        return Decision(config, outcome, kept["default_ms"], kept["trials"], kept["date"])
+        return read_decision(self._study)
+
+
+def read_records(study: optuna.Study) -> list[Record]:
+    """Finished trials in order; those that were interrupted are left out.
+
+    Raises:
+        KeyError: the study is not one of this tuner's.
+    """
+    records = [
+        Record(t.number, _config(t), Outcome.from_dict(t.user_attrs[_OUTCOME]), t.user_attrs[_FREE])
+        for t in study.get_trials(deepcopy=False, states=_FINISHED)
+    ]
+    kept = study.user_attrs.get(_REFUTED, ())
+    refuted = {KernelConfig.from_dict(config): Outcome.from_dict(outcome) for config, outcome in kept}
+    return [replace(record, outcome=refuted.get(record.config, record.outcome)) for record in records]
+
+
+def read_decision(study: optuna.Study) -> Decision | None:
+    """The end of a search if it has been reached."""
+    kept = study.user_attrs.get(_DECISION)
+    if kept is None:
+        return None
+    config, outcome = KernelConfig.from_dict(kept["config"]), Outcome.from_dict(kept["outcome"])
+    return Decision(config, outcome, kept["default_ms"], kept["trials"], kept["date"])
 
 
 def retimed(outcome: Outcome, timing: Timing) -> Outcome:
