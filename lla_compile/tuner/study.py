@@ -36,6 +36,9 @@ _DRAWS = 10
 
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
+# Raised where a finished trial is written to: its subclass UpdateFinishedTrialError is not in Optuna 4.2.
+_AlreadyFinished = RuntimeError
+
 
 @dataclass(frozen=True)
 class Record:
@@ -154,12 +157,12 @@ class TuningStudy:
                     return True
                 time.sleep(_POLL_S)
                 self.fail_lost()
-        except optuna.exceptions.UpdateFinishedTrialError:
+        except _AlreadyFinished:
             return False  # this process was taken for dead
 
     def start(self, proposal: Proposal) -> None:
         """Note that a proposal is now evaluated: if the process dies, it may be to blame."""
-        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+        with contextlib.suppress(_AlreadyFinished):
             proposal.trial.set_user_attr(_STARTED, True)
 
     def tell(self, proposal: Proposal, outcome: Outcome, *, free: bool = False) -> Record | None:
@@ -171,7 +174,7 @@ class TuningStudy:
         try:
             trial.set_user_attr(_CONFIG, proposal.config.as_dict())
             self._finish(trial.number, outcome, free)
-        except optuna.exceptions.UpdateFinishedTrialError:
+        except _AlreadyFinished:
             return None
         return Record(trial.number, proposal.config, outcome, free)
 
@@ -204,7 +207,7 @@ class TuningStudy:
         lost = [trial for trial in running if self._workers.lost(trial)]
         for trial in lost:
             # Of several processes that notice it, all but the first find the trial finished.
-            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            with contextlib.suppress(_AlreadyFinished):
                 self._give_up(trial)
         return len(lost)
 
@@ -235,7 +238,7 @@ class TuningStudy:
         else:
             told = self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
         if told.state is TrialState.FAIL:
-            raise optuna.exceptions.UpdateFinishedTrialError
+            raise _AlreadyFinished
 
     def _set_attribute(self, number: int, name: str, value) -> None:
         """Of any trial, this process's or not."""
