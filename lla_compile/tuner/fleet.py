@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 import sys
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -102,6 +103,8 @@ def _work(task: Task, device_name: str, compilers: int) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_optuna())
         interruption = stack.enter_context(Interruption())
+        # Ctrl-C reaches the whole process group; the parent decides when a process ends.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         pool = None
         if not task.info.is_cpu:
             pool = stack.enter_context(CompilePool(task.info, compilers, task.preset.compile_timeout_s))
@@ -110,9 +113,12 @@ def _work(task: Task, device_name: str, compilers: int) -> None:
         try:
             for spec in task.specs:
                 interruption.check()
-                # What makes a key impossible here is said once, by the process that decides.
-                with contextlib.suppress(ValueError):
+                try:
                     explore_key(Problem(spec, task.info, device), settings, report)
+                except DeviceLost:
+                    raise
+                except (ValueError, RuntimeError):
+                    continue  # what makes a key impossible is said once, by the process that decides
         except KeyboardInterrupt:
             return
         except DeviceLost as error:
