@@ -58,6 +58,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def examine(info: DeviceInfo, device: torch.device, seconds: float = SELF_TEST_S) -> dict:
     """All findings, as ``--json`` prints them; what should work and does not is listed under "broken"."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    versions = _versions()
     backends, refused = _backends(info)
     database, unreadable = _database(info)
     checks = self_test(info, device, backends, seconds)
@@ -66,9 +69,12 @@ def examine(info: DeviceInfo, device: torch.device, seconds: float = SELF_TEST_S
     broken += [f"{c.backend} {c.phase}: {c.message}" for c in checks if c.status == "broken"]
     if not backends:
         broken.append("no backend works")
+    if versions["driver"] and not torch.cuda.is_available():
+        why = "is built without CUDA" if versions["cuda"] is None else "cannot use it"
+        broken.append(f"there is an NVIDIA driver {versions['driver']}, but this PyTorch {why}")
     return {
         "device": _device(info, device),
-        "versions": _versions(),
+        "versions": versions,
         "backends": {"usable": list(backends), "not_usable": refused},
         "database": database,
         "missing": {"common_keys": common, "not_tuned": not_tuned, "commands": commands},

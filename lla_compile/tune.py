@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
+        if args.verify and args.devices:
+            raise ValueError("--devices is for searches; entries are verified on one device: choose it with --gpu")
         info, devices = find_devices(args.gpu, args.devices)
         preset = _preset(args, info)
         entries = _entries(args, info) if args.verify else ()
@@ -63,14 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             named = tuple(args.backend or ())
             with contextlib.ExitStack() as stack:
                 interruption = stack.enter_context(Interruption())
-                if len(devices) > 1 and not args.verify:
+                if len(devices) > 1:
                     task = fleet.Task(tuple(specs), info, preset, args.seed, named, args.storage, path)
                     if not _explore(problems, task, devices, storage, interruption, args.resume):
                         return EXIT_INTERRUPTED
                 pool = None  # nothing that runs on a CPU has a compiler
                 if not info.is_cpu:
                     pool = stack.enter_context(CompilePool(info, worker_count(), preset.compile_timeout_s))
-                resume = args.resume or len(devices) > 1
+                # What is off is searched anew; what a fleet has searched is only decided here.
+                resume = not args.verify and (args.resume or len(devices) > 1)
                 settings = Settings(preset, args.seed, resume, storage, path, interruption, named, pool)
                 return _verify(problems, entries, args.drift, settings) if args.verify else _tune(problems, settings)
     except (ValueError, DatabaseError, optuna.exceptions.StorageInternalError) as error:

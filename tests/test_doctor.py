@@ -54,7 +54,7 @@ def test_a_sound_machine(capsys):
 
 
 def test_json(landscape, capsys):
-    assert main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--gpu", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["device"]["id"] == "cpu" and found["broken"] == []
     assert found["backends"]["usable"] == ["eager"] and "triton" in found["backends"]["not_usable"]
@@ -64,7 +64,7 @@ def test_json(landscape, capsys):
 
 def test_a_wrong_backend_is_broken(landscape, capsys):
     landscape._correct = lambda config: False
-    assert main(["doctor"]) == 1
+    assert main(["doctor", "--gpu", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "eager   forward   broken: error 1.0e-02, limit 1.0e-05" in out
     assert "broken    eager forward: out has error 1.0e-02" in out
@@ -90,8 +90,15 @@ def test_the_time_of_the_self_test_is_limited_and_running_out_is_not_broken(land
 def test_a_file_that_cannot_be_used_is_broken(landscape, tmp_path, capsys):
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay" / "cpu.yaml").write_text("recipes: [soup]\n")
-    assert main(["doctor"]) == 1
+    assert main(["doctor", "--gpu", "cpu"]) == 1
     assert "broken    cannot use" in capsys.readouterr().out
+
+
+def test_a_gpu_that_pytorch_cannot_see_is_broken(landscape, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "driver", lambda: "580.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor", "--gpu", "cpu"]) == 1
+    assert "broken    there is an NVIDIA driver 580.1, but this PyTorch" in capsys.readouterr().out
 
 
 def test_entries_are_counted_and_stale_ones_named(landscape, tmp_path, capsys):
@@ -100,7 +107,7 @@ def test_entries_are_counted_and_stale_ones_named(landscape, tmp_path, capsys):
     shipped = [make_entry(**eager | {"seqlen": seqlen, "kernel_hash": fresh}) for seqlen in (256, 1024)]
     record(resolve("cpu"), shipped, path=tmp_path / "shipped" / "cpu.yaml")
     record(resolve("cpu"), [make_entry(**eager), make_entry(**eager | {"seqlen": 2048}, provenance="predicted")])
-    assert main(["doctor", "--json"]) == 0
+    assert main(["doctor", "--gpu", "cpu", "--json"]) == 0
     overlay, shipped = json.loads(capsys.readouterr().out)["database"]
     assert overlay["refused"] == {"it was measured with other kernel sources": 2}
     assert [(row["provenance"], row["count"], row["used"]) for row in overlay["entries"]] == [

@@ -10,7 +10,7 @@ from lla_compile.devices import identify
 from lla_compile.tuner import evaluate, verify
 from lla_compile.tuning_db import read, record, store
 
-TINY = "--head-dim 8 --batch-heads 1".split()
+TINY = "--gpu cpu --head-dim 8 --batch-heads 1".split()
 
 
 class Drifting(Landscape):
@@ -59,7 +59,7 @@ def overlay(tmp_path):
 
 def run(*arguments):
     store.clear_cache()
-    return tune.main(["--verify", "--trials", "8", *arguments])
+    return tune.main(["--verify", "--gpu", "cpu", "--trials", "8", *arguments])
 
 
 def test_what_holds_is_written_with_its_new_figures_and_not_tuned(landscape, shipped, overlay, capsys):
@@ -161,3 +161,17 @@ def test_the_overlay_goes_first_and_predictions_are_not_verified(landscape, ship
 def test_filters_that_leave_nothing_are_refused(landscape, shipped, capsys, arguments):
     assert run(*arguments) == tune.EXIT_USAGE
     assert "nothing measured for cpu is in use here" in capsys.readouterr().err
+
+
+def test_what_is_off_is_searched_anew_even_with_resume(landscape, shipped, overlay, capsys):
+    assert run("--seqlen", "32", "--drift", "0.001", "--resume") == tune.EXIT_OK  # the study of before
+    landscape.factor = 1.3
+    assert run("--seqlen", "32", "--resume") == tune.EXIT_OK
+    assert "resumed" not in capsys.readouterr().out
+    (entry,) = read(overlay).entries
+    assert entry.search["trials"] == 8
+
+
+def test_several_devices_are_refused(capsys):
+    assert run("--devices", "all") == tune.EXIT_USAGE
+    assert "choose it with --gpu" in capsys.readouterr().err
