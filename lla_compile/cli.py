@@ -1,4 +1,4 @@
-"""The console script ``lla-compile``: ``tune`` and ``db``."""
+"""The console script ``lla-compile``: ``tune``, ``db``, ``doctor`` and ``report``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 problems found, 2 wrong usage or input."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["tune"]:
-        # Imported only here: the tuner needs optuna, which no other command does.
+        # Imported only here, as the report below: they need optuna, which no other command does.
         from lla_compile.tune import main as tune
 
         return tune(argv[1:]) or 0
+    if argv[:1] == ["report"]:
+        from lla_compile.report_cli import main as report
 
-    from lla_compile import db_cli
+        return report(argv[1:])
+
+    from lla_compile import db_cli, doctor
 
     parser = argparse.ArgumentParser(prog="lla-compile", description="Tune Local Linear Attention; manage the results.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{tune,db}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{tune,db,doctor,report}")
     commands.add_parser("tune", help="search the best plans for this machine (see `lla-compile tune --help`)")
     db_cli.add_arguments(commands.add_parser("db", help="list, show, verify and merge tuned plans"))
+    doctor.add_arguments(commands.add_parser("doctor", help="what this machine is, what is tuned for it, what works"))
+    commands.add_parser("report", help="an HTML page about a search (see `lla-compile report --help`)")
     options = parser.parse_args(argv)
     return options.run(options)

@@ -10,7 +10,6 @@ from typing import Iterator
 
 from lla_compile.devices import DeviceInfo, identify_properties, known_devices, resolve
 from lla_compile.key import TuningKey
-from lla_compile.spec import LLASpec
 from lla_compile.tuning_db import store, yaml_format
 from lla_compile.tuning_db.document import DeviceHeader, Document
 from lla_compile.tuning_db.entry import Entry
@@ -44,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument("files", nargs="*", type=Path, metavar="FILE", help="default: overlay and shipped database")
     command.set_defaults(run=_user_errors(_verify))
 
-    command = commands.add_parser("merge", help="write the best of several files for one device to OUT")
+    command = commands.add_parser(
+        "merge",
+        help="write the best of several files for one device to OUT",
+        description="Write to OUT, for each key and size, the best of the entries of all files: measured before "
+        "predicted, then the fastest. It lists what the others had found. The order of files is irrelevant.",
+    )
     command.add_argument("out", type=Path, metavar="OUT", help="kept and added to if it exists")
     command.add_argument("files", nargs="+", type=Path, metavar="IN")
     command.set_defaults(run=_user_errors(_merge))
@@ -161,7 +165,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         number("default_ms", ".4g"),
         number("error", ".1e"),
         entry.date[:10],
-        entry.provenance,
+        f"{entry.provenance}, best of {len(entry.origins)}" if entry.origins else entry.provenance,
     )
 
 
@@ -206,18 +210,13 @@ def _device_of(header: DeviceHeader) -> DeviceInfo:
 def _entry_problem(entry: Entry, device: DeviceInfo) -> str | None:
     from lla_compile import backends
 
-    tuned, key = entry.tuned, entry.key
+    tuned = entry.tuned
     if not entry.covers(tuned.seqlen, tuned.batch_heads):
         return "its validity range leaves out the sizes that it was tuned at"
     if entry.measured and entry.result["error"] > entry.result.get("error_limit", float("inf")):
         return f"error {entry.result['error']:.1e} is above the limit {entry.result['error_limit']:.1e}"
     try:
-        sizes = key.dtype, key.head_dim, tuned.seqlen, tuned.batch_heads, key.head_dim_v
-        fields = {"op": key.op, "precision": key.precision, "is_causal": key.causal}
-        if key.phase == "decode":
-            spec = LLASpec.decoding(*sizes, group_size=key.group or 1, **fields)
-        else:
-            spec = LLASpec.self_attention(*sizes, phase=key.phase, **fields)
+        spec = entry.spec()
         backend = backends.get(entry.config.backend)
     except ValueError as error:
         return str(error)

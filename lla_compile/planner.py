@@ -71,6 +71,23 @@ def make_plan(
     return Plan(spec, device, config, Source.HEURISTIC, 0.0, match.reason, notes)
 
 
+def refusal(entry, device: DeviceInfo, backends: Mapping[str, Backend]) -> str | None:
+    """Why :func:`make_plan` would refuse a database entry on ``device`` at the sizes of its bucket, or None."""
+    try:
+        spec = entry.spec()
+    except ValueError as error:
+        return str(error)
+    usable, refused = usable_backends(spec, device, backends)
+    return _misfit(entry.config, entry.search.get("kernel_hash"), spec, device, usable, refused)
+
+
+def usable_backends(
+    spec: LLASpec, device: DeviceInfo, backends: Mapping[str, Backend]
+) -> tuple[dict[str, Backend], dict[str, str]]:
+    """The backends that :func:`make_plan` chooses from, and why it does not consider the others that it knows of."""
+    return _usable(spec, device, backends, None, None)
+
+
 def _usable(spec, device, backends, backend, allowed) -> tuple[dict[str, Backend], dict[str, str]]:
     """The backends that may run the spec, in order of preference, and why the others may not."""
     for name in [backend] if backend is not None else allowed or ():

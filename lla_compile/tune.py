@@ -4,6 +4,8 @@
     python -m lla_compile.tune --gpu auto --phase backward --head-dim 128 --seqlen 4096
     python -m lla_compile.tune --gpu h200 --dtype bfloat16 --head-dim 64 128 --seqlen 4096 --trials 100
     python -m lla_compile.tune --phase decode --head-dim 128 --seqlen 16384 --batch-heads 8 256 --group 1 4 8
+    python -m lla_compile.tune --verify --phase decode
+    python -m lla_compile.tune --devices all --storage postgresql+psycopg://tuner@db/studies --resume
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo, identify, resolve
 from lla_compile.spec import DTYPES, PHASES, PRECISIONS, LLASpec
+from lla_compile.tuner import fleet, verify
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.evaluate import synchronize
 from lla_compile.tuner.grid import Grid
@@ -29,11 +32,14 @@ from lla_compile.tuner.outcome import DeviceLost, one_line
 from lla_compile.tuner.presets import PRESETS, Preset
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.progress import ProgressReport, make_console, print_results
-from lla_compile.tuner.session import KeyResult, Settings, tune_key
+from lla_compile.tuner.session import KeyResult, Settings, begin_key, tune_key
 from lla_compile.tuner.storage import open_storage
 from lla_compile.tuner.study import quiet_optuna
 from lla_compile.tuner.writer import out_file, require_writable
-from lla_compile.tuning_db import DatabaseError
+from lla_compile.tuning_db import DatabaseError, Entry
+
+# Times of one plan on one device vary by a few per cent with clocks and drivers.
+DRIFT = 0.10
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -45,22 +51,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
-        info, device = find_device(args.gpu)
+        if args.verify and args.devices:
+            raise ValueError("--devices is for searches; entries are verified on one device: choose it with --gpu")
+        info, devices = find_devices(args.gpu, args.devices)
         preset = _preset(args, info)
-        specs = _specs(args, preset)
+        entries = _entries(args, info) if args.verify else ()
+        specs = [entry.spec() for entry in entries] or _specs(args, preset)
         path = out_file(args.out, info.id)
         require_writable(path, info)
         with quiet_optuna():
             storage = open_storage(args.storage)
-            problems = [Problem(spec, info, device) for spec in specs]
+            problems = [Problem(spec, info, devices[0]) for spec in specs]
             named = tuple(args.backend or ())
             with contextlib.ExitStack() as stack:
                 interruption = stack.enter_context(Interruption())
+                if len(devices) > 1:
+                    task = fleet.Task(tuple(specs), info, preset, args.seed, named, args.storage, path)
+                    if not _explore(problems, task, devices, storage, interruption, args.resume):
+                        return EXIT_INTERRUPTED
                 pool = None  # nothing that runs on a CPU has a compiler
                 if not info.is_cpu:
                     pool = stack.enter_context(CompilePool(info, worker_count(), preset.compile_timeout_s))
-                settings = Settings(preset, args.seed, args.resume, storage, path, interruption, named, pool)
-                return _tune(problems, settings)
+                # What is off is searched anew; what a fleet has searched is only decided here.
+                resume = not args.verify and (args.resume or len(devices) > 1)
+                settings = Settings(preset, args.seed, resume, storage, path, interruption, named, pool)
+                return _verify(problems, entries, args.drift, settings) if args.verify else _tune(problems, settings)
     except (ValueError, DatabaseError, optuna.exceptions.StorageInternalError) as error:
         print(f"lla_compile.tune: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
@@ -90,6 +105,101 @@ def find_device(name: str) -> tuple[DeviceInfo, torch.device]:
             return info, device
     found = ", ".join(dict.fromkeys(info.id for info in here.values()))
     raise ValueError(f"--gpu {name}: no {wanted.id} in this machine, which has {found}; use one of these or auto")
+
+
+def find_devices(gpu: str, which: str | None) -> tuple[DeviceInfo, list[torch.device]]:
+    """The devices of this machine that ``--gpu`` and ``--devices`` mean; all of them are the same product.
+
+    Args:
+        gpu: as :func:`find_device` takes it.
+        which: None (that one device), "all" (every GPU that is the same), or indices such as "0,1".
+
+    Raises:
+        ValueError: a device is not in this machine, or they differ.
+    """
+    if which is None or which == "all":
+        info, device = find_device(gpu)
+        if which is None:
+            return info, [device]
+        indices = range(torch.cuda.device_count())
+        devices = [torch.device("cuda", i) for i in indices if identify(torch.device("cuda", i)) == info]
+    else:
+        try:
+            devices = [torch.device("cuda", int(index)) for index in which.split(",")]
+        except (ValueError, RuntimeError):
+            raise ValueError(f"--devices must be all or indices such as 0,1, got {which!r}") from None
+        if len(set(devices)) < len(devices):
+            raise ValueError(f"--devices {which} names a device twice")
+        found = {device: identify(device) for device in devices}
+        info = found[devices[0]] if gpu == "auto" else find_device(gpu)[0]
+        for device, other in found.items():
+            if other != info:
+                raise ValueError(f"--devices {which}: {device} is {other.id}, not {info.id}; tune them one by one")
+    if not devices:
+        raise ValueError(f"--devices is for GPUs: searches that share a CPU ({info.id}) would time each other")
+    return info, devices
+
+
+def _explore(problems, task: fleet.Task, devices, storage, interruption: Interruption, resume: bool) -> bool:
+    """Search on several devices; False if that was interrupted."""
+    print(f"Searching {len(problems)} key(s) on {len(devices)} devices: {', '.join(map(str, devices))}", flush=True)
+    settings = Settings(task.preset, task.seed, resume, storage, task.path, interruption, task.backends)
+    for problem in () if resume else problems:
+        with contextlib.suppress(ValueError):  # said where the key is decided
+            begin_key(problem, settings)
+    try:
+        fleet.explore(task, devices, interruption)
+    except KeyboardInterrupt:
+        print("Interrupted. Finished trials are kept; the same command with --resume goes on.")
+        return False
+    return True
+
+
+def _entries(args: argparse.Namespace, info: DeviceInfo) -> Sequence[Entry]:
+    """The entries to measure again: those that the given options name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    given = {
+        "phase": args.phase, "dtype": args.dtype, "head_dim": args.head_dim, "head_dim_v": args.head_dim_v,
+        "seqlen": args.seqlen, "batch_heads": args.batch_heads, "group": args.group, "precision": args.precision,
+        "backend": args.backend, "causal": None if args.causal is None else [args.causal],
+    }  # fmt: skip
+    selection = verify.select(info, {name: values for name, values in given.items() if values})
+    for reason, count in selection.left_out.items():
+        print(f"left out: {count} of {info.id}: {reason}", file=sys.stderr)
+    if not selection.used:
+        raise ValueError(f"nothing measured for {info.id} is in use here that the other options name")
+    return selection.used
+
+
+def _verify(problems: Sequence[Problem], entries: Sequence[Entry], tolerance: float, settings: Settings) -> int:
+    """Measure entries again, and tune those that are off."""
+    console = make_console()
+    info, device = problems[0].device, problems[0].torch_device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    console.print(f"Verifying {len(entries)} entries of {info.id}", markup=False, soft_wrap=True)
+    readings: list[verify.Reading] = []
+
+    def report(reading: verify.Reading) -> None:
+        readings.append(reading)
+        text = f"[{len(readings)}/{len(entries)}] {verify.line(reading, tolerance)}"
+        console.print(text, markup=False, soft_wrap=True)
+
+    code, ending = EXIT_OK, ""
+    try:
+        verify.verify(entries, info, device, settings, tolerance, report)
+    except KeyboardInterrupt:
+        code, ending = EXIT_INTERRUPTED, "Interrupted; "
+    except DeviceLost as error:
+        code, ending = EXIT_FAILED, f"The GPU's context is broken ({error}); "
+    off = [problem for problem, reading in zip(problems, readings) if not reading.holds(tolerance)]
+    written = sum(reading.outcome.ok for reading in readings)
+    ending += f"{len(readings) - len(off)} of {len(readings)} hold; {written} written to {settings.path}"
+    console.print(ending, markup=False, soft_wrap=True)
+    return _tune(off, settings) if off and code == EXIT_OK else code
 
 
 def _tune(problems: Sequence[Problem], settings: Settings) -> int:
@@ -149,9 +259,10 @@ def _specs(args: argparse.Namespace, preset: Preset) -> list[LLASpec]:
     Raises:
         ValueError: a value is not allowed, or nothing is left to tune; the message names it.
     """
-    if args.group and "decode" not in args.phase:
+    phases = args.phase or ["forward"]
+    if args.group and "decode" not in phases:
         raise ValueError("--group is for --phase decode")
-    grids = [_grid(phase, args, preset) for phase in args.phase]
+    grids = [_grid(phase, args, preset) for phase in phases]
     left_out = [f"--batch-heads {heads} is no multiple of --group {n}" for g in grids for heads, n in g.indivisible]
     specs = [spec for grid in grids for spec in grid.specs()]
     if not specs:
@@ -172,7 +283,7 @@ def _grid(phase: str, args: argparse.Namespace, preset: Preset) -> Grid:
         seqlens=tuple(args.seqlen or (preset.decode_seqlens if decode else preset.seqlens)),
         batch_heads=tuple(args.batch_heads or (preset.decode_batch_heads if decode else preset.batch_heads)),
         precisions=tuple(args.precision or preset.precisions),
-        causal=(args.causal,),
+        causal=(args.causal is not False,),
         groups=tuple(args.group or preset.groups),
     )
 
@@ -185,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     positive = _number(int, "a positive integer")
     parser.add_argument("--gpu", default="auto", help="auto, a device id or an alias such as h200 (default: auto)")
-    parser.add_argument("--phase", nargs="+", choices=PHASES, default=["forward"])
+    parser.add_argument("--phase", nargs="+", choices=PHASES, help="default: forward; to verify, all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--head-dim", nargs="+", type=positive, metavar="D", help="width of query and key")
     parser.add_argument("--head-dim-v", nargs="+", type=positive, metavar="D", help="width of the value (default: D)")
@@ -193,13 +304,33 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-heads", nargs="+", type=positive, metavar="BH", help="batch times query heads")
     parser.add_argument("--group", nargs="+", type=positive, metavar="G", help="query heads a key head, to decode")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
-    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, help="default: causal")
     parser.add_argument("--backend", nargs="+", choices=backends.NAMES, help="search these backends only")
+    parser.add_argument(
+        "--verify", action="store_true",
+        help="instead of searching, measure what the database says of this machine again, write the new figures and "
+        "tune what is off; the options above choose the entries",
+    )  # fmt: skip
+    parser.add_argument(
+        "--drift", type=_number(float, "a positive number"), default=DRIFT, metavar="X",
+        help="with --verify: how far a time may be off; the same plan varies by a few per cent from day to day, so "
+        "that less would tune noise (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--trials", type=positive, help="configurations evaluated for a key")
     parser.add_argument("--timeout", type=_number(float, "a positive number"), metavar="S", help="seconds for a key")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on with the last search of the same keys and seed")
-    parser.add_argument("--storage", metavar="URL", help="Optuna storage URL (default: a file in the user's state)")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="go on with the last search of the same keys and seed, or join it where another process is at it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage", metavar="URL",
+        help="where searches are kept, for several hosts to share them: any Optuna storage URL such as "
+        "postgresql+psycopg://USER@HOST/NAME, or journal:///FILE (default: a file in the user's state)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--devices", metavar="all|0,1", help="search on several GPUs of this host together (default: on one)"
+    )
     parser.add_argument("--out", type=Path, help="YAML file or directory to write to (default: the user's overlay)")
     parser.add_argument("--quick", action="store_true", help="few keys, few trials")
     return parser

@@ -114,7 +114,10 @@ def test_merge(capsys, tmp_path):
     paths = [record(H200, [e], path=tmp_path / f"{i}.yaml") for i, e in enumerate((slow, fast))]
     out = tmp_path / "nvidia-h200.yaml"
     assert run(capsys, "merge", out, *paths) == (0, f"{out}: 1 entries for nvidia-h200\n", "")
-    assert read(out).entries == (fast,)
+    (entry,) = read(out).entries
+    assert replace(entry, origins=()) == fast and [origin["median_ms"] for origin in entry.origins] == [1.0, 2.0]
+    record(H200, [entry])
+    assert "measured, best of 2" in run(capsys, "show", "h200")[1]
 
 
 def test_merge_never_overwrites_what_it_cannot_read(capsys, tmp_path):

@@ -163,6 +163,7 @@ def test_an_unknown_gpu_is_refused_with_the_nearest_names(capsys):
         ("redis://127.0.0.1:1", "does not answer"),
         ("sqlite:////no/such/folder/s.sqlite3", "cannot be opened"),
         ("studies.sqlite3", "must be a URL"),
+        ("journal:///no/such/folder/studies.log", "cannot be opened: /no/such/folder is not a directory"),
         ("nosuch://", "cannot be opened"),
     ),
 )

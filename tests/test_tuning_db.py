@@ -172,6 +172,37 @@ class TestReplacement:
         first, second = read(out).entries
         assert first.tuned.seqlen == 1024
         assert second.config.block_q in (128, 256)
+        assert sorted(origin["plan"]["block_q"] for origin in second.origins) == [16, 32, 64, 128, 256]
+        assert not first.origins
+
+    def test_merge_lists_both_findings_however_merges_are_nested(self, tmp_path):
+        entries = [
+            make_entry(median_ms=1.3, date="2026-02-01"),
+            make_entry(median_ms=1.1, date="2026-01-01", block_q=128, toolchain={"torch": "2.13.0"}),
+            make_entry(median_ms=0.4, provenance="predicted"),
+        ]
+        a, b, c = (record(H200, [entry], path=tmp_path / f"{i}.yaml") for i, entry in enumerate(entries))
+        merge(tmp_path / "ab.yaml", [a, b])
+        merge(tmp_path / "bc.yaml", [c, b])
+        merge(tmp_path / "left.yaml", [tmp_path / "ab.yaml", c])
+        merge(tmp_path / "right.yaml", [a, tmp_path / "bc.yaml"])
+        text = (tmp_path / "left.yaml").read_text()
+        assert (tmp_path / "right.yaml").read_text() == text
+        (entry,) = read(tmp_path / "left.yaml").entries
+        assert (entry.measured, entry.result["median_ms"], entry.config.block_q) == (True, 1.1, 128)
+        found = {(o["provenance"], o["median_ms"], o["date"][:7], o["toolchain"]["torch"]) for o in entry.origins}
+        assert found == {
+            ("measured", 1.1, "2026-01", "2.13.0"),
+            ("measured", 1.3, "2026-02", "2.11.0"),
+            ("predicted", 0.4, "2026-03", "2.11.0"),
+        }
+        merge(tmp_path / "left.yaml", [a, b, c, tmp_path / "ab.yaml"])  # all known already
+        assert (tmp_path / "left.yaml").read_text() == text
+
+    def test_merging_a_file_with_itself_changes_nothing(self, tmp_path):
+        path = record(H200, [make_entry()])
+        merge(tmp_path / "out.yaml", [path, path])
+        assert (tmp_path / "out.yaml").read_text() == TEXT
 
     def test_merge_adds_to_what_is_there(self, tmp_path):
         out = record(H200, [make_entry(seqlen=1024)])

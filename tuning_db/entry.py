@@ -8,6 +8,7 @@ from typing import Mapping
 
 from lla_compile.key import Bucket, TuningKey, bucket_of
 from lla_compile.plans import KernelConfig
+from lla_compile.spec import LLASpec
 
 PROVENANCES = ("measured", "predicted")
 
@@ -29,6 +30,7 @@ class Entry:
             that reads it once an iteration.
         search: trials, failed, seed, date (ISO 8601, UTC), kernel_hash.
         toolchain: versions that it was tuned with; written once a file where its entries agree.
+        origins: where entries of several hosts were merged, what each of them had found; else empty.
 
     Raises:
         ValueError: a range is missing or empty, a field has the wrong type, or the provenance is unknown.
@@ -42,6 +44,7 @@ class Entry:
     result: dict
     search: dict
     toolchain: dict = field(default_factory=dict)
+    origins: tuple[dict, ...] = ()
 
     def __post_init__(self):
         if self.provenance not in PROVENANCES:
@@ -87,8 +90,33 @@ class Entry:
         search = self.search | {"kernel_hash": streaming["kernel_hash"]}
         return replace(self, config=KernelConfig.from_dict(streaming["plan"]), search=search)
 
+    def spec(self) -> LLASpec:
+        """The problem that was tuned: that of its bucket.
+
+        Raises:
+            ValueError: the key names something that does not exist; the message says what.
+        """
+        key = self.key
+        sizes = key.dtype, key.head_dim, self.tuned.seqlen, self.tuned.batch_heads, key.head_dim_v
+        fields = {"op": key.op, "precision": key.precision, "is_causal": key.causal}
+        if key.phase == "decode":
+            return LLASpec.decoding(*sizes, group_size=key.group or 1, **fields)
+        return LLASpec.self_attention(*sizes, phase=key.phase, **fields)
+
+    def origin(self) -> dict:
+        """What an entry that this one is merged with remembers of it."""
+        figures = {name: self.result[name] for name in ("median_ms", "default_ms", "error") if name in self.result}
+        return {
+            "provenance": self.provenance,
+            "plan": self.config.as_dict(),
+            **figures,
+            "date": self.date,
+            "toolchain": dict(self.toolchain),
+        }
+
     def to_dict(self) -> dict:
         """The entry as a file holds it, but for the toolchain; inverse of :meth:`from_dict`."""
+        origins = {"origins": [dict(origin) for origin in self.origins]} if self.origins else {}
         return {
             "key": self.key.as_dict(),
             "valid": {name: list(bounds) for name, bounds in self.valid.items()},
@@ -97,6 +125,7 @@ class Entry:
             "provenance": self.provenance,
             "result": dict(self.result),
             "search": dict(self.search),
+            **origins,
         }
 
     @classmethod
@@ -116,6 +145,7 @@ class Entry:
                 result=dict(data["result"]),
                 search=dict(data["search"]),
                 toolchain={name: str(version) for name, version in data.get("toolchain", toolchain).items()},
+                origins=tuple(dict(origin) for origin in data.get("origins", ())),
             )
         except KeyError as error:
             raise ValueError(f"an entry has no {error.args[0]!r}") from None
@@ -141,17 +171,25 @@ def newer(old: Entry, new: Entry) -> Entry:
 
 
 def better(a: Entry, b: Entry) -> Entry:
-    """Which of two entries for one slot a merge keeps: measured before predicted, then the faster, then the newer.
+    """The entry that a merge of two for one slot gives: the better one, with what both had found as its ``origins``.
 
-    The choice does not depend on the order of the arguments.
+    Measured goes before predicted, then the faster, then the newer. The result depends neither on the order of the
+    arguments nor on how several merges are nested, and an entry merged with itself is itself.
     """
-    a, b = sorted((a, b), key=lambda e: json.dumps([e.to_dict(), e.toolchain], sort_keys=True))
-    if a.measured != b.measured:
-        return a if a.measured else b
-    time_a, time_b = (e.result.get("median_ms", float("inf")) for e in (a, b))
-    if time_a != time_b:
-        return a if time_a < time_b else b
-    return a if a.date >= b.date else b
+    origins = {_canonical(origin): origin for e in (a, b) for origin in e.origins or (e.origin(),)}
+    listed = tuple(origins[text] for text in sorted(origins)) if len(origins) > 1 else ()
+    return replace(min((a, b), key=_rank), origins=listed)
+
+
+def _rank(entry: Entry) -> tuple:
+    """Sorts entries of one slot, the best first; entries that differ never compare equal."""
+    newest_first = [*(-ord(letter) for letter in entry.date), 0]
+    text = _canonical([replace(entry, origins=()).to_dict(), entry.toolchain])
+    return not entry.measured, entry.result.get("median_ms", float("inf")), newest_first, text
+
+
+def _canonical(content) -> str:
+    return json.dumps(content, sort_keys=True)
 
 
 def _check_types(part) -> None:

@@ -129,8 +129,8 @@ def record(
 def merge(out: Path, paths: Iterable[Path]) -> Document:
     """Write to ``out`` all entries of the files, and those of ``out`` itself if it exists.
 
-    Where several are for one slot, measured goes before predicted, then the lower median_ms; the order of files is
-    irrelevant.
+    Where several are for one slot, measured goes before predicted, then the lower median_ms, and the one that stays
+    lists what all of them had found. The order of files is irrelevant.
 
     Raises:
         DatabaseError: a file cannot be read or written, or they are for different devices.

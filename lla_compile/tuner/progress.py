@@ -31,9 +31,11 @@ class ProgressReport:
     Args:
         console: where to print.
         keys: searches to come.
+        label: begins each line, where several processes take part in a search and print to one place.
     """
 
-    def __init__(self, console: Console, keys: int):
+    def __init__(self, console: Console, keys: int, label: str = ""):
+        self._label = label
         self.results: list[KeyResult] = []
         self._console = console
         self._keys = keys
@@ -59,6 +61,9 @@ class ProgressReport:
 
     def begin(self, spec: LLASpec, trials: int, finished: int) -> None:
         self._trials, self._finished, self._best = trials, finished, None
+        if self._label:
+            self._print(f"{self._label}  {describe(spec)}")
+            return
         title = f"[{len(self.results) + 1}/{self._keys}] {describe(spec)}"
         self._print(title + (f", resumed after {finished} trials" if finished else ""))
         if self._console.is_terminal:
@@ -74,7 +79,8 @@ class ProgressReport:
             self._bar.update(self._task, completed=self._finished, best=best)
         elif not record.free:
             ending = _time(outcome.median_ms) if outcome.ok else f"{outcome.kind.value}: {outcome.message}"
-            self._print(f"  {self._finished}/{self._trials} {short(record.config)}: {ending}")
+            place = self._label or f"{self._finished}/{self._trials}"  # no process knows how many the others have done
+            self._print(f"  {place} {short(record.config)}: {ending}")
 
     def end(self, result: KeyResult) -> None:
         self.results.append(result)

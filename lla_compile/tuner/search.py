@@ -19,6 +19,9 @@ from lla_compile.tuner.timing import Timing
 # Proposals in a row that turn out infeasible or known, after which an untried configuration is taken at random.
 _PATIENCE = 5
 
+# Seconds between two looks at what other processes have finished, where they hold all that is left.
+_POLL_S = 0.2
+
 
 class Evaluate(Protocol):
     """What a search needs of an evaluator."""
@@ -31,6 +34,9 @@ class Evaluate(Protocol):
 
     def retime(self, configs: list[KernelConfig]) -> list[Timing]:
         """Time configurations again, in turns."""
+
+    def iterations(self, config: KernelConfig) -> float:
+        """The mean number of CG iterations that a configuration of phase "decode" takes."""
 
 
 class Compiler(Protocol):
@@ -58,7 +64,8 @@ class Budget:
     """When a search ends.
 
     Attributes:
-        trials: configurations evaluated, those of a resumed study included.
+        trials: configurations evaluated, those of a resumed study and of other processes included; each process may
+            take the last one.
         deadline: time.monotonic() after which nothing new is evaluated.
         finalists: configurations compared with the default at the end.
     """
@@ -107,6 +114,7 @@ class Search:
         self._exhausted = False
         self._records: list[Record] = []
         self._known: dict[KernelConfig, Outcome] = {}
+        self._elsewhere: list[KernelConfig] = []
 
     @property
     def records(self) -> list[Record]:
@@ -116,6 +124,14 @@ class Search:
     def run(self, enqueue: Iterable[KernelConfig] = ()) -> Decision | None:
         """Search until the budget is spent, then decide; None if no configuration is correct.
 
+        Arguments and errors are those of :meth:`explore`.
+        """
+        self.explore(enqueue)
+        return self._decide()
+
+    def explore(self, enqueue: Iterable[KernelConfig] = ()) -> None:
+        """Search until the budget is spent, alone or together with other processes that share the study.
+
         Args:
             enqueue: tried right after the heuristic defaults, and before the first random ones, when the study is new;
                 each as near as the space comes to it.
@@ -123,28 +139,38 @@ class Search:
         Raises:
             DeviceLost, KeyboardInterrupt: finished trials are recorded, those in flight are failed.
         """
-        self._study.fail_stale()
-        if self._study.is_new:
-            at_random = itertools.islice(self._untried, STARTUP_TRIALS)
-            near = filter(None, map(self._space.nearest, enqueue))
-            self._study.enqueue(dict.fromkeys([*self._space.openings(), *near, *at_random]))
-        elif (decision := self._study.decision()) and decision.trials >= self._budget.trials:
-            return decision  # nothing is left to do, and timing again could swap two equals
-        try:
-            self._loop()
-        finally:
-            self._study.fail_stale()  # whatever this process leaves in flight
-        return self._decide()
+        with self._study.present():
+            self._study.fail_stale()
+            if self._study.is_new:
+                at_random = itertools.islice(self._untried, STARTUP_TRIALS)
+                near = filter(None, map(self._space.nearest, enqueue))
+                self._study.enqueue(dict.fromkeys([*self._space.openings(), *near, *at_random]))
+            elif (decision := self._study.decision()) and decision.trials >= self._budget.trials:
+                return  # nothing is left to do
+            try:
+                self._loop()
+            finally:
+                self._study.fail_stale()  # whatever this process leaves in flight
 
     def _loop(self) -> None:
         while True:
             self._fill()
-            if not self._in_flight or self._out_of_time():
+            if self._out_of_time():
                 return
+            if not self._in_flight:
+                if not self._others_hold_the_rest():
+                    return
+                with self._interruption.prompt():
+                    time.sleep(_POLL_S)
+                continue
             proposal = self._in_flight[0]
             try:
                 with self._interruption.prompt():
-                    outcome = self._compiler.result(proposal.config) or self._evaluate(proposal.config)
+                    outcome = self._compiler.result(proposal.config)
+                if outcome is None:
+                    self._study.start(proposal)
+                    with self._interruption.prompt():
+                        outcome = self._evaluate(proposal.config)
             except DeviceLost as error:
                 # Recorded, so that a resumed search does not try it again.
                 self._finish(proposal, Outcome(Kind.RUNTIME, str(error)))
@@ -166,7 +192,7 @@ class Search:
                 self._finish(proposal, known, free=True)
             elif reason := self._space.infeasible(config):
                 self._finish(proposal, Outcome(Kind.RESOURCES, reason), free=True)
-            elif any(config == other.config for other in self._in_flight):
+            elif any(config == other.config for other in self._in_flight) or not self._study.claim(proposal):
                 self._free_in_a_row += 1
                 self._study.abandon(proposal)
             else:
@@ -176,18 +202,23 @@ class Search:
 
     def _refresh(self) -> None:
         """Read the records anew: another process may share the study, and with it the budget of trials."""
+        if self._study.fail_lost():
+            self._free_in_a_row, self._exhausted = 0, False
+        self._elsewhere = self._study.elsewhere()
         self._records = self._study.records()
         self._known = {record.config: record.outcome for record in self._records}
 
     def _finish(self, proposal: Proposal, outcome: Outcome, *, free: bool = False) -> None:
         record = self._study.tell(proposal, outcome, free=free)
         self._free_in_a_row += free
+        if record is None:
+            return
         self._known[record.config] = outcome
         self._records.append(record)
         self._report(record)
 
     def _enqueue_untried(self) -> None:
-        taken = self._known.keys() | {proposal.config for proposal in self._in_flight}
+        taken = {*self._known, *self._elsewhere, *(proposal.config for proposal in self._in_flight)}
         config = next((config for config in self._untried if config not in taken), None)
         self._exhausted = config is None
         if config is not None:
@@ -195,12 +226,17 @@ class Search:
 
     def _is_worth_trying(self, config: KernelConfig) -> bool:
         """Whether it is feasible, and neither known nor about to be."""
-        if config in self._known or any(config == other.config for other in self._in_flight):
+        if config in self._known or config in self._elsewhere or any(config == p.config for p in self._in_flight):
             return False
         return self._space.infeasible(config) is None
 
     def _wanted(self) -> bool:
-        return evaluated(self._records) + len(self._in_flight) < self._budget.trials and not self._exhausted
+        taken = len(self._in_flight) + len(self._elsewhere)
+        return evaluated(self._records) + taken < self._budget.trials and not self._exhausted
+
+    def _others_hold_the_rest(self) -> bool:
+        """Whether to wait for other processes: one that dies leaves work behind."""
+        return bool(self._elsewhere) and evaluated(self._records) < self._budget.trials
 
     def _out_of_time(self) -> bool:
         """Whether the budget of time is spent; the default is evaluated in any case."""

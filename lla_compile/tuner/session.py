@@ -92,21 +92,9 @@ def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResul
         DatabaseError: the winner cannot be written.
         DeviceLost, KeyboardInterrupt: the search did not end; the watcher has been told the best so far.
     """
-    preset = settings.preset
-    deadline = time.monotonic() + preset.timeout_s
-    space = SearchSpace.joint(
-        problem.spec, problem.device, usable_backends(problem.spec, problem.device, settings.backends)
-    )
-    base = _study_base(problem, space, settings.seed)
-    name = study_name(settings.storage, base, settings.resume)
-    study = TuningStudy(settings.storage, name, space, settings.seed)
-    watcher.begin(problem.spec, preset.trials, evaluated(study.records()))
-    evaluator = Evaluator(problem, space.backends, preset)
-    compiler, lookahead = None, 1
-    if settings.pool is not None:
-        compiler, lookahead = settings.pool.compiler(evaluator.specs()), preset.lookahead
-    budget = Budget(preset.trials, deadline, preset.finalists)
-    search = Search(study, space, evaluator, budget, compiler, lookahead, watcher.trial, settings.interruption)
+    space = _space(problem, settings)
+    study = _study(problem, space, settings, settings.resume)
+    search = _search(problem, space, study, settings, watcher)
     try:
         decision = search.run(neighbours(problem))
     except (DeviceLost, KeyboardInterrupt) as error:
@@ -121,6 +109,51 @@ def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResul
         result = replace(result, config=decision.config, decision=decision, note="")
     watcher.end(result)
     return result
+
+
+def begin_key(problem: Problem, settings: Settings) -> None:
+    """Make the study of a new search, for other processes to go on with.
+
+    Raises:
+        ValueError: no backend can run it.
+    """
+    _study(problem, _space(problem, settings), settings, resume=False)
+
+
+def explore_key(problem: Problem, settings: Settings, watcher: Watcher) -> None:
+    """Take part in the last search of a key; nothing is decided or written.
+
+    Raises:
+        ValueError: no backend can run it.
+        DeviceLost, KeyboardInterrupt: the search did not end.
+    """
+    space = _space(problem, settings)
+    study = _study(problem, space, settings, resume=True)
+    _search(problem, space, study, settings, watcher).explore(neighbours(problem))
+
+
+def _space(problem: Problem, settings: Settings) -> SearchSpace:
+    usable = usable_backends(problem.spec, problem.device, settings.backends)
+    return SearchSpace.joint(problem.spec, problem.device, usable)
+
+
+def _study(problem: Problem, space: SearchSpace, settings: Settings, resume: bool) -> TuningStudy:
+    name = study_name(settings.storage, _study_base(problem, space, settings.seed), resume)
+    return TuningStudy(settings.storage, name, space, settings.seed)
+
+
+def _search(
+    problem: Problem, space: SearchSpace, study: TuningStudy, settings: Settings, watcher: Watcher
+) -> Search:
+    preset = settings.preset
+    deadline = time.monotonic() + preset.timeout_s
+    watcher.begin(problem.spec, preset.trials, evaluated(study.records()))
+    evaluator = Evaluator(problem, space.backends, preset)
+    compiler, lookahead = None, 1
+    if settings.pool is not None:
+        compiler, lookahead = settings.pool.compiler(evaluator.specs()), preset.lookahead
+    budget = Budget(preset.trials, deadline, preset.finalists)
+    return Search(study, space, evaluator, budget, compiler, lookahead, watcher.trial, settings.interruption)
 
 
 def _unfinished(spec: LLASpec, records: Sequence[Record], error: BaseException) -> KeyResult:

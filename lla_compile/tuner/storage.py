@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import optuna
 import platformdirs
+import sqlalchemy.exc
 
 _DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "redis": 6379, "rediss": 6379}
 _CONNECT_TIMEOUT_S = 10
 
+# Processes that open an empty database together get in each other's way when they make its tables.
+_ATTEMPTS = 4
+_PAUSE_S = 0.5
+
+_INSTALL = {
+    "postgresql": "pip install 'lla-compile[postgresql]' and use postgresql+psycopg://",
+    "mysql": "pip install pymysql and use mysql+pymysql://",
+    "redis": "pip install redis",
+}
 
 # Several processes may share a study; SQLite lets one of them write at a time.
 _SQLITE_LOCK_TIMEOUT_S = 60
@@ -26,7 +37,8 @@ def open_storage(url: str | None) -> optuna.storages.BaseStorage:
     """Open a storage.
 
     Args:
-        url: an SQLAlchemy URL, redis://..., or None for the embedded file.
+        url: an SQLAlchemy URL, redis://..., journal:///FILE for a file that hosts share, or None for the embedded
+            file.
 
     Raises:
         ValueError: the URL is none, or what it names cannot be reached; the message says what to do.
@@ -46,16 +58,41 @@ def open_storage(url: str | None) -> optuna.storages.BaseStorage:
     if parts.hostname:
         _require_host(url, parts.hostname, parts.port or _DEFAULT_PORTS.get(dialect))
     try:
+        if dialect == "journal":
+            return optuna.storages.JournalStorage(_journal_file(url))
         if dialect in ("redis", "rediss"):
-            backend = optuna.storages.journal.JournalRedisBackend(url)
-            return optuna.storages.JournalStorage(backend)
-        options = {"connect_args": {"timeout": _SQLITE_LOCK_TIMEOUT_S}} if dialect == "sqlite" else {}
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+            return optuna.storages.JournalStorage(optuna.storages.journal.JournalRedisBackend(url))
+        return _open_database(url, dialect)
     except ImportError as error:
         reason = f"needs a driver that is not installed: {_first_line(error)}"
+        if hint := _INSTALL.get(dialect):
+            reason += f"; {hint}"
     except Exception as error:  # every driver has errors of its own, and all of them mean the same to the user
         reason = f"cannot be opened: {_first_line(error.__cause__ or error)}"
     raise ValueError(f"--storage {_public(url)} {reason}")
+
+
+def _journal_file(url: str) -> optuna.storages.journal.JournalFileBackend:
+    """A journal needs no server, and unlike SQLite it may lie on a network file system."""
+    path = Path(url.partition("://")[2])
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is not a directory")
+    return optuna.storages.journal.JournalFileBackend(str(path))
+
+
+def _open_database(url: str, dialect: str) -> optuna.storages.RDBStorage:
+    if dialect == "sqlite":
+        options = {"connect_args": {"timeout": _SQLITE_LOCK_TIMEOUT_S}}
+    else:
+        options = {"pool_pre_ping": True}  # a server may have closed a connection that a long trial left idle
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        except sqlalchemy.exc.DBAPIError as error:
+            if not (isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)):
+                raise
+            time.sleep(_PAUSE_S)
+    return optuna.storages.RDBStorage(url, engine_kwargs=options)
 
 
 def _require_host(url: str, host: str, port: int | None) -> None:

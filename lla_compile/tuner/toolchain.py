@@ -14,18 +14,19 @@ def toolchain(device_type: str) -> dict[str, str]:
     """Versions by name, as an entry carries them; a CPU needs PyTorch alone."""
     versions: dict[str, str | None] = {"torch": torch.__version__}
     if device_type == "cuda":
-        versions |= {"triton": _installed("triton"), "cuda": torch.version.cuda, "driver": _driver()}
+        versions |= {"triton": installed("triton"), "cuda": torch.version.cuda, "driver": driver()}
     return {name: str(found) for name, found in versions.items() if found}
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of an installed distribution."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _driver() -> str | None:
+def driver() -> str | None:
     """The driver's version; PyTorch has no call for it."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:

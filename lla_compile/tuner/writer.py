@@ -9,6 +9,7 @@ from typing import Sequence
 from lla_compile.devices import DeviceInfo
 from lla_compile.key import Bucket, bucket_of_spec, key_of
 from lla_compile.plans import KernelConfig
+from lla_compile.tuner.outcome import Outcome
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.search import failures
 from lla_compile.tuner.space import SearchSpace
@@ -23,14 +24,7 @@ def make_entry(
     """The database entry of a decided search."""
     bucket, outcome = bucket_of_spec(problem.spec), decision.outcome
     backend = space.backends[decision.config.backend]
-    result = {
-        "median_ms": round(outcome.median_ms, 6),
-        "spread": round(outcome.spread, 4),
-        "error": float(f"{outcome.error:.4g}"),
-        "error_limit": outcome.error_limit,
-    }
-    if decision.default_ms is not None:
-        result["default_ms"] = round(decision.default_ms, 6)
+    result = round_result(outcome, decision.default_ms)
     if (streaming := decision.streaming) is not None:
         result["streaming"] = {
             "plan": streaming.config.as_dict(),
@@ -54,6 +48,19 @@ def make_entry(
         },
         toolchain=toolchain(problem.torch_device.type),
     )
+
+
+def round_result(outcome: Outcome, default_ms: float | None) -> dict:
+    """The figures of a correct outcome as an entry carries them."""
+    result = {
+        "median_ms": round(outcome.median_ms, 6),
+        "spread": round(outcome.spread, 4),
+        "error": float(f"{outcome.error:.4g}"),
+        "error_limit": outcome.error_limit,
+    }
+    if default_ms is not None:
+        result["default_ms"] = round(default_ms, 6)
+    return result
 
 
 def validity(bucket: Bucket, phase: str) -> dict[str, tuple[int, int]]:

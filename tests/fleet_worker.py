@@ -1,0 +1,55 @@
+"""A process that takes part in a search of the synthetic landscape, and writes down what it evaluates."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tune_landscape import SPEC, Landscape, evaluator, problem
+
+from lla_compile.tuner.search import Budget, Search
+from lla_compile.tuner.space import SearchSpace
+from lla_compile.tuner.storage import open_storage
+from lla_compile.tuner.study import TuningStudy, quiet_optuna
+
+NAME = "key/run1"
+
+
+def open_study(url: str, landscape: Landscape) -> TuningStudy:
+    space = SearchSpace.joint(SPEC, problem().device, {"eager": landscape})
+    return TuningStudy(open_storage(url), NAME, space, seed=0)
+
+
+def evaluations(log: Path) -> list[tuple[int, str]]:
+    """(process, configuration) in the order in which evaluations began."""
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [tuple(json.loads(line)) for line in lines]
+
+
+def work(url: str, log: Path, trials: int, barrier, hang_after: int | None) -> None:
+    """Search until ``trials`` are done; after ``hang_after`` evaluations the next one never ends."""
+    landscape = Landscape()
+    inner, own = evaluator(landscape), []
+
+    class Evaluate:
+        retime, verify = inner.retime, inner.verify
+
+        def __call__(self, config):
+            own.append(config)
+            line = json.dumps([os.getpid(), config.describe()]) + "\n"
+            with open(log, "a") as file:  # one write of one line: no other process comes between
+                file.write(line)
+            if hang_after is not None and len(own) > hang_after:
+                time.sleep(3600)
+            time.sleep(0.02)  # so that the others have their turn
+            return inner(config)
+
+    barrier.wait()
+    with quiet_optuna():
+        study = open_study(url, landscape)
+        budget = Budget(trials, time.monotonic() + 120, finalists=2)
+        space = study._space
+        decision = Search(study, space, Evaluate(), budget).run()
+    assert decision is not None and decision.trials >= trials
