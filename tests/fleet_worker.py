@@ -17,9 +17,12 @@ from lla_compile.tuner.study import TuningStudy, quiet_optuna
 NAME = "key/run1"
 
 
+def space_of(landscape: Landscape) -> SearchSpace:
+    return SearchSpace.joint(SPEC, problem().device, {"eager": landscape})
+
+
 def open_study(url: str, landscape: Landscape) -> TuningStudy:
-    space = SearchSpace.joint(SPEC, problem().device, {"eager": landscape})
-    return TuningStudy(open_storage(url), NAME, space, seed=0)
+    return TuningStudy(open_storage(url), NAME, space_of(landscape), seed=0)
 
 
 def evaluations(log: Path) -> list[tuple[int, str]]:
@@ -50,6 +53,5 @@ def work(url: str, log: Path, trials: int, barrier, hang_after: int | None) -> N
     with quiet_optuna():
         study = open_study(url, landscape)
         budget = Budget(trials, time.monotonic() + 120, finalists=2)
-        space = study._space
-        decision = Search(study, space, Evaluate(), budget).run()
+        decision = Search(study, space_of(landscape), Evaluate(), budget).run()
     assert decision is not None and decision.trials >= trials

@@ -26,7 +26,7 @@ from lla_compile.tuner.storage import open_storage
 from lla_compile.tuner.study import TuningStudy, quiet_optuna
 from lla_compile.tuning_db import read, store
 
-TRIALS = 18
+TRIALS = 24
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def wait_for(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.05)
 
 
 def trials_of(database):
@@ -85,7 +85,7 @@ def test_processes_share_a_search_and_one_of_them_is_killed(url, tmp_path):
     lost = [config for pid, config in evaluations(log) if pid == victim][-1]
     times = Counter(config for _, config in evaluations(log))
     assert times.pop(lost) == 2 and set(times.values()) == {1}
-    assert len(times) + 1 in (TRIALS, TRIALS + 1)  # the two that were left may each have taken the last one
+    assert len(times) + 1 in range(TRIALS, TRIALS + 3)  # each process may have taken the last one
     assert {pid for pid, config in evaluations(log) if config == lost} - {victim} < {p.pid for p in processes}
     study = open_study(url, Landscape())
     assert evaluated(study.records()) == len({r.config for r in study.records()}) == len(times) + 1
