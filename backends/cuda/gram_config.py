@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 # Wider heads have covariances that one multiprocessor cannot hold in registers.
 MAX_HEAD_DIM = 128
 _CG_MAX_ITERS = 256
-# (block_k, num_stages), best first; the first that fits is taken.
-_PREFERENCE = ((64, 4), (64, 3), (32, 4), (32, 3), (16, 3))
+# (block_k, num_stages) with wgmma and without, best first; the first that fits is taken.
+_PREFERENCE = {True: ((64, 6), (64, 5), (64, 4)), False: ((64, 4), (64, 3), (32, 4), (32, 3), (16, 3))}
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-# The weights of the next tile are computed while the tile after it is copied.
-_LEAST_STAGES = 3
+# While a tile is multiplied the next one is weighed, and with wgmma yet another one made ready; one more is copied.
+_LEAST_STAGES = {True: 4, False: 3}
+# Rows of wgmma's swizzled operands repeat after 1024 bytes, which a stage must not cut.
+_LEAST_BLOCK_K = {True: 32, False: 16}
 _LEAST_KEYS_OF_A_PART = 256
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 
@@ -40,7 +42,7 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """Tiles as deep as fit, and parts for every multiprocessor, but none of a few keys."""
     width = gram_kernels.padded_width(spec.head_dim)
     num_warps = gram_kernels.warp_counts(spec, device)[0]
-    for block_k, num_stages in _PREFERENCE:
+    for block_k, num_stages in _PREFERENCE[num_warps == gram_kernels.group_warps(spec)]:
         config = KernelConfig(
             "cuda", "gram", 1, block_k, _CG_MAX_ITERS, num_warps, num_stages, num_splits=1, block_d=width
         )
@@ -78,10 +80,11 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
         return f"num_splits must be from 1 to {gram_kernels.MAX_SPLITS}, got {config.num_splits}"
     if config.block_d != width:
         return f"a block holds all {width} rows of the covariances, got block_d {config.block_d}"
-    if config.block_k % 16 or config.block_k < 16:
-        return f"block_k must be a multiple of 16, got {config.block_k}"
-    if (config.num_stages or 0) < _LEAST_STAGES:
-        return f"num_stages must be at least {_LEAST_STAGES}, got {config.num_stages}"
+    wgmma = gram_kernels.uses_wgmma(spec, config)
+    if config.block_k % _LEAST_BLOCK_K[wgmma] or config.block_k < 1:
+        return f"block_k must be a multiple of {_LEAST_BLOCK_K[wgmma]}, got {config.block_k}"
+    if (config.num_stages or 0) < _LEAST_STAGES[wgmma]:
+        return f"num_stages must be at least {_LEAST_STAGES[wgmma]}, got {config.num_stages}"
     warps = gram_kernels.warp_counts(spec, device)
     if config.num_warps not in warps:
         return f"num_warps must be one of {', '.join(map(str, warps))}, got {config.num_warps}"

@@ -1,6 +1,7 @@
 """The kernels of decoding: which sources a plan compiles, with which constants, and what they take of a multiprocessor.
 
-The pass over the keys exists for the matrix instructions of one warp. See the ``.cu`` files for what the kernels do.
+The pass over the keys exists twice: for the matrix instructions of one warp (mma.sync) and of four (wgmma). See the
+``.cu`` files for what the kernels do.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ _HEADROOM = {"bfloat16": 64, "float16": 8}
 # Conjugate gradients that take as long as an elimination.
 _DIRECT_AFTER = 24
 
+_GROUP_ROWS = 64
 _VECTORS_AT = 16  # the kernels' constant of the same name, as are the numbers below
 _MERGE_THREADS = 256
 _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
+_PART_BYTES = 120
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,19 @@ def padded_width(head_dim: int) -> int:
 
 def warp_counts(spec: LLASpec, device: DeviceInfo) -> tuple[int, ...]:
     """Warps of a block of the pass, one number for each kernel that the device has for the spec, best first."""
+    of_groups, of_single_warps = group_warps(spec), 2 * max(padded_width(spec.head_dim) // 32, 1)
+    return (of_groups, of_single_warps) if of_groups and device.compute_capability == "9.0" else (of_single_warps,)
+
+
+def uses_wgmma(spec: LLASpec, config: KernelConfig) -> bool:
+    """Whether groups of four warps multiply: it is the number of warps that tells."""
+    return config.num_warps == group_warps(spec)
+
+
+def group_warps(spec: LLASpec) -> int | None:
+    """A group for every 64 rows and one that copies; None where there are fewer rows."""
     width = padded_width(spec.head_dim)
-    return (2 * max(width // 32, 1),)
+    return 4 * (width // _GROUP_ROWS + 1) if width >= _GROUP_ROWS else None
 
 
 def part_numel(spec: LLASpec) -> int:
@@ -80,10 +94,11 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
         "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": _TWO_TERMS_UP_TO,
         "HEADROOM": f"{_HEADROOM[spec.dtype]}.0f",
     }  # fmt: skip
+    source, shared = ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)
     launches = [
         Kernel(
-            "gram_pass", "gram_pass_mma.cu", (queries * config.num_splits, 1), 32 * config.num_warps,
-            _pass_shared(config, width, width_v), _text(common | passed),
+            "gram_pass", source, (queries * config.num_splits, 1), 32 * config.num_warps,
+            shared(config, width, width_v), _text(common | passed),
         )
     ]  # fmt: skip
     if config.num_splits > 1:
@@ -101,10 +116,17 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
     return tuple(launches)
 
 
-def _pass_shared(config: KernelConfig, width: int, width_v: int) -> int:
+def _mma_shared(config: KernelConfig, width: int, width_v: int) -> int:
+    """Of struct Shared in gram_pass_mma.cu, as the functions below are of their sources."""
     tiles = 2 * config.num_stages * config.block_k * (width + width_v)
-    scratch = 6 * width + 4 * 32
-    return _rounded_up(tiles + 4 * 2 * config.block_k + scratch, 8) + _PART_BYTES
+    return _aligned(tiles + 4 * 2 * config.block_k + _scratch(width)) + _PART_BYTES
+
+
+def _wgmma_shared(config: KernelConfig, width: int, width_v: int) -> int:
+    tiles = 2 * config.num_stages * config.block_k * (width + width_v)
+    barriers = 2 * 8 * config.num_stages
+    sums = 4 * (config.num_stages * config.block_k + 4 * width_v)
+    return _aligned(tiles + barriers + _PART_BYTES + sums + _scratch(width))
 
 
 def _solve_shared(width: int, width_v: int) -> int:
@@ -112,11 +134,12 @@ def _solve_shared(width: int, width_v: int) -> int:
     return 4 * (system + 2 * width + width_v + _SOLVE_THREADS)
 
 
-_PART_BYTES = 120
+def _scratch(width: int) -> int:
+    return 6 * width + 4 * 32
 
 
-def _rounded_up(size: int, to: int) -> int:
-    return -(-size // to) * to
+def _aligned(size: int) -> int:
+    return -(-size // 8) * 8
 
 
 def _text(constants: Mapping[str, object]) -> dict[str, str]:

@@ -125,17 +125,14 @@ DEVICE void sum_part(Sums& sums, Weights& weights, Shared& shared, const Part& p
 
 DEVICE void store_sums(const Sums& sums, float* state, int warp, int lane) {
     bool is_keys = warp < ROW_WARPS;
-    int row_warp = is_keys ? warp : warp - ROW_WARPS, width = is_keys ? BLOCK_D : BLOCK_DV;
-    float* matrix = state + (is_keys ? KEYS_AT : VALUES_AT);
+    int row_warp = is_keys ? warp : warp - ROW_WARPS;
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
         int row = row_warp * WARP_ROWS + 16 * m + lane / 4;
-#pragma unroll
-        for (int n = 0; n < COLUMN_TILES; ++n) {
-            if (8 * n >= width) continue;
-            float* to = matrix + row * width + 8 * n + 2 * (lane % 4);
-            *reinterpret_cast<float2*>(to) = {sums.product[m][n][0], sums.product[m][n][1]};
-            *reinterpret_cast<float2*>(to + 8 * width) = {sums.product[m][n][2], sums.product[m][n][3]};
+        if (is_keys) {
+            store_rows<BLOCK_D>(state + KEYS_AT, sums.product[m], row, lane);
+        } else {
+            store_rows<BLOCK_DV>(state + VALUES_AT, sums.product[m], row, lane);
         }
     }
     if (lane % 4) return;

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <ucontext.h>
@@ -48,6 +49,12 @@ struct Lane {
 struct Warp {
     Lane lanes[32];
     int arrived = 0, turn = 0;
+    std::vector<std::function<void()>> products;  // that have not happened yet
+};
+
+// A barrier in shared memory.
+struct Phase {
+    int arrivals, missing, parity;
 };
 
 struct Barrier {
@@ -61,6 +68,7 @@ struct Block {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::map<int, Barrier> barriers;
+    std::map<const void*, Phase> phases;
     jmp_buf scheduler;
     long events = 0;  // anything that another thread may wait for
     void (*body)();
@@ -148,6 +156,7 @@ inline void run_block(int threads, bool backwards) {
     block.fibers = std::vector<Fiber>(threads);
     block.warps = std::vector<Warp>(threads / 32);
     block.barriers.clear();
+    block.phases.clear();
     for (int i = 0; i < threads; ++i) {
         Fiber& fiber = block.fibers[i];
         getcontext(&fiber.start);

@@ -61,7 +61,7 @@ DEVICE void dot_products(float (&dots)[2], uint32_t key_tile, int first, const u
 #pragma unroll
     for (int step = 0; step < BLOCK_D / 16; ++step) {
         uint32_t a[4];
-        load_matrices(a, key_tile + KeyTile::offset(first + lane % 16, 2 * step + lane / 16));
+        load_matrices(a, key_tile + KeyTile::offset(first + lane % 16, 2 * step ^ lane / 16));
         multiply_add(sum[step % 2], a, pairs[8 * step + lane % 4], pairs[8 * step + lane % 4 + 4]);
     }
     dots[0] = sum[0][0] + sum[1][0];
@@ -205,12 +205,12 @@ DEVICE float finish(const Weights& weights, const Part& part, Scratch& scratch, 
 // Where a lane points load_matrices_transposed for 16 keys x 16 columns of a tile as a left operand of 16 rows.
 template <class T>
 DEVICE uint32_t left_operand(int key, int column, int lane) {
-    return T::offset(key + lane / 16 * 8 + lane % 8, column / CHUNK + lane / 8 % 2);
+    return T::offset(key + lane / 16 * 8 + lane % 8, column / CHUNK ^ lane / 8 % 2);
 }
 // The same as two right operands of 8 columns: {0, 1} and {2, 3}.
 template <class T>
 DEVICE uint32_t right_operands(int key, int column, int lane) {
-    return T::offset(key + lane / 8 % 2 * 8 + lane % 8, column / CHUNK + lane / 16);
+    return T::offset(key + lane / 8 % 2 * 8 + lane % 8, column / CHUNK ^ lane / 16);
 }
 
 // Sixteen keys x sixteen rows as left operands: weighted keys less the shift, rounded, and what that lost as a second
@@ -226,5 +226,16 @@ DEVICE void weigh_keys(uint32_t (&terms)[COUNT][4], uint32_t address, const Four
         float high = (high_half(raw[i]) - shift[i % 2]) * weight.y;
         terms[0][i] = pack(low, high);
         if (COUNT == 2) terms[COUNT - 1][i] = pack(low - low_half(terms[0][i]), high - high_half(terms[0][i]));
+    }
+}
+
+// The thread's share of sixteen rows of sums, row and row + 8, to a matrix of WIDTH columns.
+template <int WIDTH, int TILES>
+DEVICE void store_rows(float* matrix, const float (&sums)[TILES][4], int row, int lane) {
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; ++n) {
+        float* to = matrix + row * WIDTH + 8 * n + 2 * (lane % 4);
+        *reinterpret_cast<float2*>(to) = {sums[n][0], sums[n][1]};
+        *reinterpret_cast<float2*>(to + 8 * WIDTH) = {sums[n][2], sums[n][3]};
     }
 }

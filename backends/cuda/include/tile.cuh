@@ -42,7 +42,7 @@ struct Cache {
 template <class T, int THREADS>
 DEVICE void copy_tile(uint32_t tile, const Cache& cache, int first, int start, int stop, int thread) {
     constexpr int CHUNKS = T::BLOCK_WIDTH / CHUNK;
-#pragma unroll 4
+#pragma unroll 2
     for (int at = 0; at < BLOCK_K * CHUNKS; at += THREADS) {
         int key = (at + thread) / CHUNKS, chunk = (at + thread) % CHUNKS;
         if (BLOCK_K * CHUNKS % THREADS && key >= BLOCK_K) break;
@@ -54,7 +54,7 @@ DEVICE void copy_tile(uint32_t tile, const Cache& cache, int first, int start, i
             copy_16_async(to, from, seen ? (left < CHUNK ? left : CHUNK) * 2 : 0);
         } else {
             uint32_t pairs[CHUNK / 2];
-#pragma unroll 4
+#pragma unroll 2
             for (int i = 0; i < CHUNK / 2; ++i) {
                 uint32_t low = seen && 2 * i < left ? from[2 * i] : 0;
                 uint32_t high = seen && 2 * i + 1 < left ? from[2 * i + 1] : 0;
