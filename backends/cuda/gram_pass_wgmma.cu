@@ -76,16 +76,17 @@ DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared, i
         float* stage_weights = shared.weights[turns.weighed.stage];
 #pragma unroll
         for (int at = 0; at < BLOCK_K; at += 64) {
+            int here = anew(lane);
             int first = at + 16 * warp;
             if (BLOCK_K % 64 && first >= BLOCK_K) break;
-            weights.weigh(stage_weights, stage, part.start + tile * BLOCK_K, first, part, shared.scratch.query, lane);
+            weights.weigh(stage_weights, stage, part.start + tile * BLOCK_K, first, part, shared.scratch.query, here);
             sync_warp();
             uint32_t columns[2];
-            FourWeights(stage_weights + first, lane).as_columns(columns, lane);
+            FourWeights(stage_weights + first, here).as_columns(columns, here);
 #pragma unroll
             for (int m = 0; m < BLOCK_DV / 16; ++m) {
                 uint32_t a[4];
-                load_matrices_transposed(a, stage + KeyTile::BYTES + left_operand<ValueTile>(first, 16 * m, lane));
+                load_matrices_transposed(a, stage + KeyTile::BYTES + left_operand<ValueTile>(first, 16 * m, here));
                 multiply_add(value_sums[m], a, columns[0], columns[1]);
             }
         }
@@ -211,6 +212,7 @@ DEVICE void sum_in_two_terms(Sums& sums, Turn& turn, Shared& shared, const float
 }
 
 DEVICE void store_sums(Sums& sums, float* state, int row, int lane) {
+    row = anew(row), lane = anew(lane);
 #pragma unroll
     for (int n = 0; n < BLOCK_D / 8; ++n) {
 #pragma unroll

@@ -68,6 +68,13 @@ DEVICE float square_root(float x) {
     return y;
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is computed where it is needed, and takes no
+// register in the loops around.
+DEVICE int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // ---- threads of a block ----
 
 DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
