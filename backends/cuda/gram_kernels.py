@@ -70,9 +70,9 @@ def uses_wgmma(spec: LLASpec, config: KernelConfig) -> bool:
 
 
 def group_warps(spec: LLASpec) -> int | None:
-    """A group for every 64 rows and one that copies; None where there are fewer rows."""
-    width = padded_width(spec.head_dim)
-    return 4 * (width // _GROUP_ROWS + 1) if width >= _GROUP_ROWS else None
+    """A group for every 64 rows and one that copies; None where rows are fewer, or too wide for the registers."""
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    return 4 * (width // _GROUP_ROWS + 1) if width >= max(_GROUP_ROWS, width_v) else None
 
 
 def part_numel(spec: LLASpec) -> int:

@@ -36,6 +36,7 @@ DEVICE void add_tile(Sums& sums, uint32_t stage, const float* weights, const flo
     uint32_t tile = IS_KEYS ? stage : stage + KeyTile::BYTES;
 #pragma unroll 1
     for (int key = 0; key < BLOCK_K; key += 16) {
+        lane = anew(lane);
         FourWeights four(weights + key, lane);
         uint32_t terms[ROW_TILES][COUNT][4];
 #pragma unroll
@@ -124,6 +125,7 @@ DEVICE void sum_part(Sums& sums, Weights& weights, Shared& shared, const Part& p
 }
 
 DEVICE void store_sums(const Sums& sums, float* state, int warp, int lane) {
+    warp = anew(warp), lane = anew(lane);
     bool is_keys = warp < ROW_WARPS;
     int row_warp = is_keys ? warp : warp - ROW_WARPS;
 #pragma unroll

@@ -122,6 +122,7 @@ struct Sums {
 template <int COUNT>
 DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Sums& sums, Shared& shared, const Turn& turn,
                           const float (&shift)[2], int row, int lane) {
+    lane = anew(lane);
     wait_phase(&shared.full[turn.stage], turn.parity);
     show_to_products();
     uint32_t tile = shared_address(shared.stages[turn.stage]);

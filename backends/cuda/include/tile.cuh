@@ -54,7 +54,7 @@ DEVICE void copy_tile(uint32_t tile, const Cache& cache, int first, int start, i
             copy_16_async(to, from, seen ? (left < CHUNK ? left : CHUNK) * 2 : 0);
         } else {
             uint32_t pairs[CHUNK / 2];
-#pragma unroll 2
+#pragma unroll
             for (int i = 0; i < CHUNK / 2; ++i) {
                 uint32_t low = seen && 2 * i < left ? from[2 * i] : 0;
                 uint32_t high = seen && 2 * i + 1 < left ? from[2 * i + 1] : 0;
