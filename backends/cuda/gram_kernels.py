@@ -29,7 +29,7 @@ _GROUP_ROWS = 64
 _VECTORS_AT = 16  # the kernels' constant of the same name, as are the numbers below
 _MERGE_THREADS = 256
 _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
-_PART_BYTES = 120
+_PART_BYTES = 112
 
 
 @dataclass(frozen=True)

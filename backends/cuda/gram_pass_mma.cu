@@ -90,9 +90,7 @@ DEVICE void sum_part(Sums& sums, Weights& weights, Shared& shared, const Part& p
     auto copy = [&](int tile) {
         if (tile < tiles) {
             uint32_t stage = shared_address(shared.stages[tile % STAGES]);
-            int first = part.start + tile * BLOCK_K;
-            copy_tile<KeyTile, THREADS>(stage, part.keys, first, part.first_seen, part.stop, thread);
-            copy_tile<ValueTile, THREADS>(stage + KeyTile::BYTES, part.values, first, part.first_seen, part.stop, thread);
+            copy_stage<THREADS>(stage, part.keys, part.values, part.slots(tile), thread);
         }
         commit_copies();
     };

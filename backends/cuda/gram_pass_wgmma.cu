@@ -58,9 +58,7 @@ DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared, i
         if (tile < tiles) {
             wait_phase(&shared.empty[turns.copied.stage], turns.copied.parity ^ 1);
             uint32_t stage = shared_address(shared.stages[turns.copied.stage]);
-            int first = part.start + tile * BLOCK_K;
-            copy_tile<KeyTile, GROUP>(stage, part.keys, first, part.first_seen, part.stop, thread);
-            copy_tile<ValueTile, GROUP>(stage + KeyTile::BYTES, part.values, first, part.first_seen, part.stop, thread);
+            copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), thread);
             turns.copied.next();
         }
         commit_copies();

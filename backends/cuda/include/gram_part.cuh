@@ -13,6 +13,7 @@ struct Part {
     int start, stop;            // the keys of this part: whole tiles, but for the last one
     float* state;
     Cache keys, values;
+    const int32_t* table;  // of pages
 
     DEVICE Part(const GramArguments& g, int index) {
         int mates = g.group_size * g.seqlen_q;
@@ -37,10 +38,13 @@ struct Part {
         int64_t query = (batch * g.num_kv_heads * g.group_size + head) * g.seqlen_q + row;
         state = g.state + (query * g.num_splits + split) * PART;
         int64_t page_batch = PAGE_SIZE ? 0 : batch;
-        const int32_t* table = PAGE_SIZE ? g.block_table + batch * g.table_stride : nullptr;
-        keys = {g.k + page_batch * g.k_strides[0] + kv_head * g.k_strides[1], table, g.k_strides[0], g.k_strides[2]};
-        values = {g.v + page_batch * g.v_strides[0] + kv_head * g.v_strides[1], table, g.v_strides[0], g.v_strides[2]};
+        table = PAGE_SIZE ? g.block_table + batch * g.table_stride : nullptr;
+        keys = {g.k + page_batch * g.k_strides[0] + kv_head * g.k_strides[1], g.k_strides[0], g.k_strides[2]};
+        values = {g.v + page_batch * g.v_strides[0] + kv_head * g.v_strides[1], g.v_strides[0], g.v_strides[2]};
     }
+
+    // Of a tile of this part.
+    DEVICE Slots slots(int tile) const { return {start + tile * BLOCK_K, first_seen, stop, table}; }
 
     DEVICE bool empty() const { return start >= stop; }
     DEVICE int tiles() const { return (stop - start + BLOCK_K - 1) / BLOCK_K; }
@@ -152,7 +156,7 @@ template <int WARPS>
 DEVICE Weights prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread) {
     constexpr int THREADS = 32 * WARPS;
     uint32_t tile = shared_address(key_tile);
-    copy_tile<KeyTile, THREADS>(tile, part.keys, part.first_tile, part.first_seen, part.seen_stop, thread);
+    copy_keys<THREADS>(tile, part.keys, {part.first_tile, part.first_seen, part.seen_stop, part.table}, thread);
     commit_copies();
     load_query(scratch.query, g, part, thread, THREADS);
     wait_copies<0>();

@@ -24,43 +24,103 @@ struct Tile {
 using KeyTile = Tile<HEAD_DIM, BLOCK_D>;
 using ValueTile = Tile<HEAD_DIM_V, BLOCK_DV>;
 
-// Keys or values of one sequence and head.
+// Keys or values of one sequence and head; with pages, which page a slot is in is for the caller to know.
 struct Cache {
     const uint16_t* base;
-    const int32_t* table;  // the sequence's pages
     int64_t page_stride, row_stride;
+};
 
-    DEVICE const uint16_t* row(int slot) const {
-        if (PAGE_SIZE == 0) return base + slot * row_stride;
-        constexpr int SIZE = PAGE_SIZE > 0 ? PAGE_SIZE : 1;
-        return base + table[slot / SIZE] * page_stride + slot % SIZE * row_stride;
+// The slots that a tile is copied from: those outside [start, stop) are not read, their rows are zero.
+struct Slots {
+    int first, start, stop;
+    const int32_t* table;  // the sequence's pages
+
+    DEVICE bool seen(int key) const { return first + key >= start && first + key < stop; }
+};
+
+// What one of THREADS threads copies of a tile: the chunk `chunk` of every ROWS-th row from `key` on.
+template <class T, int THREADS>
+struct TileCopy {
+    static constexpr int CHUNKS = T::BLOCK_WIDTH / CHUNK;
+    static constexpr int ROWS = THREADS / CHUNKS;
+    static constexpr int COUNT = (BLOCK_K + ROWS - 1) / ROWS;
+    static constexpr int PAGE = PAGE_SIZE > 0 ? PAGE_SIZE : 1;
+    int key, chunk;
+
+    DEVICE explicit TileCopy(int thread) : key(thread / CHUNKS), chunk(thread % CHUNKS) {}
+
+    DEVICE bool copies(int i) const { return BLOCK_K % ROWS == 0 || key + i * ROWS < BLOCK_K; }
+
+    // The pages of the rows, read together: one of them takes as long as all.
+    DEVICE void find_pages(int (&pages)[COUNT], const Slots& slots) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            int row = key + i * ROWS;
+            pages[i] = PAGE_SIZE && copies(i) && slots.seen(row) ? slots.table[(slots.first + row) / PAGE] : 0;
+        }
+    }
+
+    // Start to copy; columns beyond the width are zero.
+    DEVICE void start(uint32_t tile, const Cache& cache, const Slots& slots, const int (&pages)[COUNT]) const {
+        int left = T::WIDTH - chunk * CHUNK;
+        int width = left < CHUNK ? left > 0 ? left : 0 : CHUNK;
+        uint32_t to = tile + T::offset(key, chunk);
+        int64_t step = ROWS * cache.row_stride;
+        const uint16_t* from = cache.base + (slots.first + key) * cache.row_stride + chunk * CHUNK;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if (!copies(i)) break;
+            int row = key + i * ROWS;
+            if (PAGE_SIZE) {
+                from = cache.base + pages[i] * cache.page_stride + (slots.first + row) % PAGE * cache.row_stride +
+                       chunk * CHUNK;
+            }
+            // Eight rows further the permutation of the chunks is the same.
+            uint32_t address = ROWS % 8 == 0 ? to + i * ROWS * (T::PANEL * 2) : tile + T::offset(row, chunk);
+            copy_chunk(address, from, slots.seen(row) ? width : 0);
+            from += step;
+        }
+    }
+
+    // The first `count` numbers of a chunk, and zeros.
+    DEVICE static void copy_chunk(uint32_t to, const uint16_t* from, int count) {
+        if (ALIGNED) {
+            copy_16_async(to, from, 2 * count);
+            return;
+        }
+        uint32_t pairs[CHUNK / 2];
+#pragma unroll
+        for (int i = 0; i < CHUNK / 2; ++i) {
+            uint32_t low = 2 * i < count ? from[2 * i] : 0;
+            uint32_t high = 2 * i + 1 < count ? from[2 * i + 1] : 0;
+            pairs[i] = high << 16 | low;
+        }
+        store_shared_16(to, pairs[0], pairs[1], pairs[2], pairs[3]);
     }
 };
 
-// Start to copy the rows first .. first + BLOCK_K; those outside [start, stop) are not read but zero, and so are the
-// columns beyond the width. Called by THREADS threads.
-template <class T, int THREADS>
-DEVICE void copy_tile(uint32_t tile, const Cache& cache, int first, int start, int stop, int thread) {
-    constexpr int CHUNKS = T::BLOCK_WIDTH / CHUNK;
-#pragma unroll 2
-    for (int at = 0; at < BLOCK_K * CHUNKS; at += THREADS) {
-        int key = (at + thread) / CHUNKS, chunk = (at + thread) % CHUNKS;
-        if (BLOCK_K * CHUNKS % THREADS && key >= BLOCK_K) break;
-        int left = T::WIDTH - chunk * CHUNK;
-        bool seen = first + key >= start && first + key < stop && left > 0;
-        const uint16_t* from = seen ? cache.row(first + key) + chunk * CHUNK : cache.base;
-        uint32_t to = tile + T::offset(key, chunk);
-        if (ALIGNED) {
-            copy_16_async(to, from, seen ? (left < CHUNK ? left : CHUNK) * 2 : 0);
-        } else {
-            uint32_t pairs[CHUNK / 2];
-#pragma unroll
-            for (int i = 0; i < CHUNK / 2; ++i) {
-                uint32_t low = seen && 2 * i < left ? from[2 * i] : 0;
-                uint32_t high = seen && 2 * i + 1 < left ? from[2 * i + 1] : 0;
-                pairs[i] = high << 16 | low;
-            }
-            store_shared_16(to, pairs[0], pairs[1], pairs[2], pairs[3]);
-        }
+// Start to copy the keys of some slots; called by THREADS threads.
+template <int THREADS>
+DEVICE void copy_keys(uint32_t tile, const Cache& keys, const Slots& slots, int thread) {
+    TileCopy<KeyTile, THREADS> copy(thread);
+    int pages[copy.COUNT];
+    copy.find_pages(pages, slots);
+    copy.start(tile, keys, slots, pages);
+}
+
+// The same for keys and values, which lie behind the keys.
+template <int THREADS>
+DEVICE void copy_stage(uint32_t stage, const Cache& keys, const Cache& values, const Slots& slots, int thread) {
+    TileCopy<KeyTile, THREADS> copy(thread);
+    TileCopy<ValueTile, THREADS> value_copy(thread);
+    int pages[copy.COUNT];
+    copy.find_pages(pages, slots);
+    copy.start(stage, keys, slots, pages);
+    if constexpr (BLOCK_D == BLOCK_DV) {
+        value_copy.start(stage + KeyTile::BYTES, values, slots, pages);
+    } else {
+        int value_pages[value_copy.COUNT];
+        value_copy.find_pages(value_pages, slots);
+        value_copy.start(stage + KeyTile::BYTES, values, slots, value_pages);
     }
 }
