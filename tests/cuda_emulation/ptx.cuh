@@ -84,10 +84,11 @@ inline float from_lane_xor(float x, int mask) { return from_lane(x, current_thre
 
 // ---- copies ----
 
-inline void copy_16_async(uint32_t to, const void* from, int bytes) {
+inline void copy_part_of_16_async(uint32_t to, const void* from, int bytes) {
     require(to % 16 == 0 && (bytes == 0 || uintptr_t(from) % 16 == 0), "an asynchronous copy that is not aligned");
     fiber().copies.push_back({at_address(to, 16), from, bytes, fiber().committed});
 }
+inline void copy_16_async(uint32_t to, const void* from, bool read) { copy_part_of_16_async(to, from, read ? 16 : 0); }
 inline void commit_copies() { ++fiber().committed; }
 template <int PENDING>
 inline void wait_copies() {

@@ -68,10 +68,11 @@ DEVICE float square_root(float x) {
     return y;
 }
 
-// The same number, of which the compiler knows nothing: what follows from it is computed where it is needed, and takes no
-// register in the loops around.
+// The same number of a thread, warp or lane, as if the compiler had not seen it before: what follows from it is computed
+// where it is needed, and takes no register in the loops around.
 DEVICE int anew(int x) {
     asm volatile("" : "+r"(x));
+    __builtin_assume(x >= 0 && x < 1024);
     return x;
 }
 
@@ -84,8 +85,15 @@ DEVICE void sync_block() { __syncthreads(); }
 
 // ---- copies from global to shared memory that run on their own ----
 
+// 16 bytes, or zeros.
+DEVICE void copy_16_async(uint32_t to, const void* from, bool read) {
+    asm volatile(
+        "{.reg .pred ignore; setp.eq.s32 ignore, %2, 0; cp.async.cg.shared.global [%0], [%1], 16, ignore;}" ::"r"(to),
+        "l"(from), "r"(int(read))
+        : "memory");
+}
 // 16 bytes, of which the first `bytes` are read and the others are zero.
-DEVICE void copy_16_async(uint32_t to, const void* from, int bytes) {
+DEVICE void copy_part_of_16_async(uint32_t to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

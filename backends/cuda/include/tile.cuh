@@ -63,7 +63,7 @@ struct TileCopy {
     // Start to copy; columns beyond the width are zero.
     DEVICE void start(uint32_t tile, const Cache& cache, const Slots& slots, const int (&pages)[COUNT]) const {
         int left = T::WIDTH - chunk * CHUNK;
-        int width = left < CHUNK ? left > 0 ? left : 0 : CHUNK;
+        int width = T::WIDTH == T::BLOCK_WIDTH ? CHUNK : left < CHUNK ? left > 0 ? left : 0 : CHUNK;
         uint32_t to = tile + T::offset(key, chunk);
         int64_t step = ROWS * cache.row_stride;
         const uint16_t* from = cache.base + (slots.first + key) * cache.row_stride + chunk * CHUNK;
@@ -77,17 +77,22 @@ struct TileCopy {
             }
             // Eight rows further the permutation of the chunks is the same.
             uint32_t address = ROWS % 8 == 0 ? to + i * ROWS * (T::PANEL * 2) : tile + T::offset(row, chunk);
-            copy_chunk(address, from, slots.seen(row) ? width : 0);
+            copy_chunk(address, from, slots.seen(row), width);
             from += step;
         }
     }
 
-    // The first `count` numbers of a chunk, and zeros.
-    DEVICE static void copy_chunk(uint32_t to, const uint16_t* from, int count) {
+    // The first `width` numbers of a chunk, if it is seen, and zeros.
+    DEVICE static void copy_chunk(uint32_t to, const uint16_t* from, bool seen, int width) {
         if (ALIGNED) {
-            copy_16_async(to, from, 2 * count);
+            if (T::WIDTH % CHUNK == 0) {
+                copy_16_async(to, from, seen && width);
+            } else {
+                copy_part_of_16_async(to, from, seen ? 2 * width : 0);
+            }
             return;
         }
+        int count = seen ? width : 0;
         uint32_t pairs[CHUNK / 2];
 #pragma unroll
         for (int i = 0; i < CHUNK / 2; ++i) {
