@@ -135,7 +135,7 @@ def _solve_shared(width: int, width_v: int) -> int:
 
 
 def _scratch(width: int) -> int:
-    return 6 * width + 4 * 32
+    return 6 * width + 4 * 34
 
 
 def _aligned(size: int) -> int:

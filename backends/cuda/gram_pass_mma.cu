@@ -163,7 +163,7 @@ KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
         if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
         return;
     }
-    Weights weights = prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread);
+    prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread);
     float shift[ROW_TILES][2];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
@@ -172,6 +172,7 @@ KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
         shift[m][1] = shared.scratch.shift[row + 8];
     }
     for (bool again = true; again;) {
+        Weights weights(shared.scratch);
         Sums sums = {};
         if (part.in_two_terms()) {
             sum_part<TERMS>(sums, weights, shared, part, shift, thread);
@@ -179,8 +180,6 @@ KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
             sum_part<1>(sums, weights, shared, part, shift, thread);
         }
         store_sums(sums, part.state, warp, lane);
-        float largest = finish<WARPS>(weights, part, shared.scratch, thread);
-        again = largest > weights.reference + HEADROOM;
-        weights = {weights.factor, largest};
+        again = finish<WARPS>(weights, part, shared.scratch, thread);
     }
 }

@@ -246,15 +246,14 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
         if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
         return;
     }
-    Weights weights = prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread);
+    prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread);
     if (warp >= ROW_WARPS) {
         give_registers<COPY_REGISTERS>();
         CopyTurns turns;
         for (bool again = true; again;) {
+            Weights weights(shared.scratch);
             copy_and_weigh(turns, weights, shared, thread - 32 * ROW_WARPS);
-            float largest = finish<WARPS>(weights, part, shared.scratch, thread);
-            again = largest > weights.reference + HEADROOM;
-            weights = {weights.factor, largest};
+            again = finish<WARPS>(weights, part, shared.scratch, thread);
         }
     } else {
         take_registers<ROW_REGISTERS>();
@@ -269,9 +268,7 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
                 sum_in_one_term(sums, turn, shared, shift, row, lane);
             }
             store_sums(sums, part.state, row, lane);
-            float largest = finish<WARPS>(weights, part, shared.scratch, thread);
-            again = largest > weights.reference + HEADROOM;
-            weights = {weights.factor, largest};
+            again = finish<WARPS>(Weights(shared.scratch), part, shared.scratch, thread);
         }
     }
 }

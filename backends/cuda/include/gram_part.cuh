@@ -72,12 +72,22 @@ DEVICE void dot_products(float (&dots)[2], uint32_t key_tile, int first, const u
     dots[1] = sum[0][2] + sum[1][2];
 }
 
+// Shared memory of a block beside its tiles.
+struct Scratch {
+    uint16_t query[BLOCK_D];
+    float shift[BLOCK_D];
+    float per_warp[32];
+    float factor, reference;  // of scores and weights, see Weights
+};
+
 // Weights of the keys of a part relative to a reference that stays, and what one thread knows of their sum and of the
 // largest score: a maximum over all warps for every tile would hold them up.
 struct Weights {
     float factor, reference;  // scores are in units of log 2
     float largest = -INFINITE;
     float sum = 0;
+
+    DEVICE explicit Weights(const Scratch& scratch) : factor(scratch.factor), reference(scratch.reference) {}
 
     // Weigh sixteen keys of the tile that starts at key `tile_start`.
     DEVICE void weigh(float* weights, uint32_t key_tile, int tile_start, int first, const Part& part,
@@ -117,13 +127,6 @@ struct FourWeights {
     }
 };
 
-// Shared memory of a block beside its tiles.
-struct Scratch {
-    uint16_t query[BLOCK_D];
-    float shift[BLOCK_D];
-    float per_warp[32];
-};
-
 DEVICE float warp_max(float x) {
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) x = fmaxf(x, from_lane_xor(x, mask));
@@ -151,9 +154,9 @@ DEVICE float block_max(float x, float* per_warp, int thread) {
 
 // Called by all threads before the first pass over the keys. The query's first tile gives the reference of its weights,
 // its largest score, and the mean that is taken off all keys before they are weighted, so that an offset that keys share
-// is not rounded. Returns weights with that reference; the query and the shift are in `scratch`, and `key_tile` is free.
+// is not rounded. Fills `scratch`; `key_tile` is free again.
 template <int WARPS>
-DEVICE Weights prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread) {
+DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread) {
     constexpr int THREADS = 32 * WARPS;
     uint32_t tile = shared_address(key_tile);
     copy_keys<THREADS>(tile, part.keys, {part.first_tile, part.first_seen, part.seen_stop, part.table}, thread);
@@ -162,8 +165,7 @@ DEVICE Weights prepare(const GramArguments& g, const Part& part, uint8_t* key_ti
     wait_copies<0>();
     sync_block();
     int tile_stop = min(part.first_tile + BLOCK_K, part.seen_stop);
-    Weights weights;
-    weights.factor = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
+    float factor = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
     float largest = -INFINITE;
     for (int first = thread / 32 * 16; first < BLOCK_K; first += 16 * WARPS) {
         float dots[2];
@@ -171,7 +173,7 @@ DEVICE Weights prepare(const GramArguments& g, const Part& part, uint8_t* key_ti
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int key = part.first_tile + first + thread % 32 / 4 + 8 * i;
-            if (key >= part.first_seen && key < tile_stop) largest = fmaxf(largest, dots[i] * weights.factor);
+            if (key >= part.first_seen && key < tile_stop) largest = fmaxf(largest, dots[i] * factor);
         }
     }
     for (int d = thread; d < BLOCK_D; d += THREADS) {
@@ -185,25 +187,29 @@ DEVICE Weights prepare(const GramArguments& g, const Part& part, uint8_t* key_ti
         scratch.shift[d] = shift;
         part.state[SHIFT_AT + d] = shift;
     }
-    weights.reference = block_max<WARPS>(largest, scratch.per_warp, thread);
-    return weights;
+    float reference = block_max<WARPS>(largest, scratch.per_warp, thread);
+    if (thread == 0) scratch.factor = factor, scratch.reference = reference;
+    sync_block();
 }
 
-// Called by all threads after a pass over the keys: leaves the sum of the weights, and returns the largest score of all.
+// Called by all threads after a pass over the keys: leaves the sum of the
+// weights. Whether the reference was too low and another pass, with a higher one, has to be made.
 template <int WARPS>
-DEVICE float finish(const Weights& weights, const Part& part, Scratch& scratch, int thread) {
+DEVICE bool finish(const Weights& weights, const Part& part, Scratch& scratch, int thread) {
     float largest = block_max<WARPS>(weights.largest, scratch.per_warp, thread);
-    float sum = warp_sum(weights.sum);
+    float sum = warp_sum(weights.sum), reference = scratch.reference;
     sync_block();
     if (thread % 32 == 0) scratch.per_warp[thread / 32] = sum;
     sync_block();
     if (thread == 0) {
         float omega = 0;
         for (int warp = 0; warp < WARPS; ++warp) omega += scratch.per_warp[warp];
-        part.state[0] = weights.reference;
+        part.state[0] = reference;
         part.state[1] = omega;
+        scratch.reference = fmaxf(reference, largest);
     }
-    return largest;
+    sync_block();
+    return largest > reference + HEADROOM;
 }
 
 // Where a lane points load_matrices_transposed for 16 keys x 16 columns of a tile as a left operand of 16 rows.
