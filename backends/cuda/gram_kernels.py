@@ -23,7 +23,7 @@ _TWO_TERMS_UP_TO = 3072
 # By how much, in powers of two, a part's scores may pass those of its first tile; else its keys are read twice.
 _HEADROOM = {"bfloat16": 64, "float16": 8}
 # Conjugate gradients that take as long as an elimination.
-_DIRECT_AFTER = 24
+DIRECT_AFTER = 24
 
 _GROUP_ROWS = 64
 _VECTORS_AT = 16  # the kernels' constant of the same name, as are the numbers below
@@ -106,7 +106,7 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
         launches.append(
             Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common))
         )
-    direct = {"DIRECT_AFTER": _DIRECT_AFTER}
+    direct = {"DIRECT_AFTER": DIRECT_AFTER}
     launches.append(
         Kernel(
             "gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, _solve_shared(width, width_v),

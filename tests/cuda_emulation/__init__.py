@@ -16,7 +16,7 @@ from lla_compile.backends.cuda.compiler import read_headers
 
 _HERE = Path(__file__).parent
 _KERNELS = Path(cuda.__file__).parent
-_OPTIONS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-w")
+_OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-w")
 COMPILER = next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)
 
 
