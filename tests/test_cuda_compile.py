@@ -24,9 +24,6 @@ NEEDS_NVRTC = pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC is not installe
 NEEDS_CUOBJDUMP = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton brings cuobjdump")
 BACKEND = backends.get("cuda")
 GPUS = [device for device in known_devices() if not device.is_cpu]
-NVIDIA = [device for device in GPUS if device.vendor == "nvidia" and float(device.compute_capability) >= 8]
-# One-time addresses of the pass for float16 in pages; nothing in the loops.
-SPILLED = {("float16", True): 16}
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ CASES = [
     Case("h200", 32),
     Case("h200", 128, num_warps=8),
     Case("b200", 128, page_size=16),
-    Case("rtx-5090", 128),
+    Case("rtx5090", 128),
 ]
 EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -117,9 +114,7 @@ def test_registers_and_spills(case, compiled):
     """The block fits on a multiprocessor, and nothing lives in local memory."""
     kernels = gram_kernels.kernels(case.spec, case.config, case.device)
     for kernel, cubin in zip(kernels, compiled(case), strict=True):
-        spilled = SPILLED.get((case.dtype, bool(case.page_size)), 0) if case.uses_wgmma and case.head_dim == 128 else 0
-        assert cubin.stack <= (spilled if kernel.name == "gram_pass" else 0)
-        assert not any(loop["LDL"] + loop["STL"] for loop in cubin.loops)
+        assert cubin.stack == 0
         assert cubin.registers * kernel.threads <= case.device.registers_per_sm
         assert kernel.shared <= case.device.shared_memory_per_block
 

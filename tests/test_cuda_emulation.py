@@ -98,9 +98,7 @@ def test_wide_heads(kernels, emulated, head_dim, backwards):
 def test_many_tiles_with_wgmma(wgmma, emulated, precision, backwards):
     """Every stage is used several times, by an odd and by an even number of tiles."""
     emulated["backwards"] = backwards
-    problem = make_decode_problem(
-        dtype=torch.bfloat16, head_dim=64, batch=2, heads=1, capacity=544, lengths=[544, 512]
-    )
+    problem = make_decode_problem(dtype=torch.bfloat16, head_dim=64, batch=2, heads=1, capacity=544, lengths=[544, 512])
     limit = LIMIT if precision == "accurate" else 2 * LIMIT
     assert_close(wgmma.decode(problem, precision=precision, num_splits=1), problem.reference(), limit)
 

@@ -62,7 +62,10 @@ def _gram_source_hash() -> str:
     """Of the kernels of decoding and of what decides their constants."""
     from lla_compile.backends.cuda.compiler import source_hash
 
-    return source_hash(("gram_pass_mma.cu", "gram_pass_wgmma.cu", "gram_merge.cu", "gram_solve.cu"), ("gram_kernels.py", "gram_launcher.py"))
+    return source_hash(
+        ("gram_pass_mma.cu", "gram_pass_wgmma.cu", "gram_merge.cu", "gram_solve.cu"),
+        ("gram_kernels.py", "gram_launcher.py"),
+    )
 
 
 BACKEND = CudaBackend()

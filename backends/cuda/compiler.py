@@ -13,7 +13,7 @@ from lla_compile.backends.cuda import nvrtc
 
 _FOLDER = Path(__file__).parent
 _DIGEST_BYTES = hashlib.sha256().digest_size
-_OPTIONS = ("--std=c++17","--ptxas-options=-v","--ptxas-options=-warn-spills")
+_OPTIONS = ("--std=c++17",)
 
 
 def compile_kernel(source: str, defines: Mapping[str, str], compute_capability: str) -> bytes:

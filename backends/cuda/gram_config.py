@@ -34,7 +34,9 @@ def unsupported(spec: LLASpec) -> str | None:
         return f"decoding has no {spec.dtype} kernel; the eager backend runs it"
     widest = max(spec.head_dim, spec.head_dim_v)
     if widest > MAX_HEAD_DIM:
-        return f"decoding holds covariances of at most {MAX_HEAD_DIM} dimensions, got {widest}; the eager backend runs it"
+        return (
+            f"decoding holds covariances of at most {MAX_HEAD_DIM} dimensions, got {widest}; the eager backend runs it"
+        )
     return None
 
 

@@ -94,7 +94,9 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
         "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": _TWO_TERMS_UP_TO,
         "HEADROOM": f"{_HEADROOM[spec.dtype]}.0f",
     }  # fmt: skip
-    source, shared = ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)
+    source, shared = (
+        ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)
+    )
     launches = [
         Kernel(
             "gram_pass", source, (queries * config.num_splits, 1), 32 * config.num_warps,
@@ -103,9 +105,7 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
     ]  # fmt: skip
     if config.num_splits > 1:
         grid = queries, -(-part_numel(spec) // _MERGE_THREADS)
-        launches.append(
-            Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common))
-        )
+        launches.append(Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common)))
     direct = {"DIRECT_AFTER": DIRECT_AFTER}
     launches.append(
         Kernel(

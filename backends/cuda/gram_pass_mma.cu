@@ -1,4 +1,4 @@
-// One pass over the keys of a part, with the matrix instructions of one warp (mma.sync), for compute capability 8.0 and up.
+// One pass over the keys of a part, with the matrix instructions of one warp (mma.sync), for compute capability 8.0 on.
 //
 // Two groups of warps hold the sums, all in registers: one those of keys with keys, the other those of keys with values;
 // in each a warp owns WARP_ROWS rows. A warp makes the weighted keys of its rows in registers, in the layout of a left
@@ -180,6 +180,6 @@ KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
             sum_part<1>(sums, weights, shared, part, shift, thread);
         }
         store_sums(sums, part.state, warp, lane);
-        again = finish<WARPS>(weights, part, shared.scratch, thread);
+        again = finish<WARPS>(weights, part, shared.scratch);
     }
 }

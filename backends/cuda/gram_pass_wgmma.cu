@@ -49,16 +49,19 @@ struct CopyTurns {
     Turn copied, weighed;
 };
 
-DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared, int thread) {
+// The number of the thread within the group.
+DEVICE int copy_thread() { return thread_anew() % GROUP; }
+
+DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared) {
     const Part& part = shared.part;
-    int tiles = part.tiles(), warp = thread / 32, lane = thread % 32;
+    int tiles = part.tiles();
     float value_sums[BLOCK_DV / 16][4] = {};
 
     auto copy = [&](int tile) {
         if (tile < tiles) {
             wait_phase(&shared.empty[turns.copied.stage], turns.copied.parity ^ 1);
             uint32_t stage = shared_address(shared.stages[turns.copied.stage]);
-            copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), thread);
+            copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), copy_thread());
             turns.copied.next();
         }
         commit_copies();
@@ -74,25 +77,26 @@ DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared, i
         float* stage_weights = shared.weights[turns.weighed.stage];
 #pragma unroll
         for (int at = 0; at < BLOCK_K; at += 64) {
-            int here = anew(lane);
-            int first = at + 16 * warp;
+            int lane = copy_thread() % 32;
+            int first = at + copy_thread() / 32 * 16;
             if (BLOCK_K % 64 && first >= BLOCK_K) break;
-            weights.weigh(stage_weights, stage, part.start + tile * BLOCK_K, first, part, shared.scratch.query, here);
+            weights.weigh(stage_weights, stage, part.start + tile * BLOCK_K, first, part, shared.scratch.query, lane);
             sync_warp();
             uint32_t columns[2];
-            FourWeights(stage_weights + first, here).as_columns(columns, here);
+            FourWeights(stage_weights + first, lane).as_columns(columns, lane);
 #pragma unroll
             for (int m = 0; m < BLOCK_DV / 16; ++m) {
                 uint32_t a[4];
-                load_matrices_transposed(a, stage + KeyTile::BYTES + left_operand<ValueTile>(first, 16 * m, here));
+                load_matrices_transposed(a, stage + KeyTile::BYTES + left_operand<ValueTile>(first, 16 * m, lane));
                 multiply_add(value_sums[m], a, columns[0], columns[1]);
             }
         }
-        arrive_as_warp(&shared.full[turns.weighed.stage], lane);
+        arrive_as_warp(&shared.full[turns.weighed.stage], copy_thread() % 32);
         turns.weighed.next();
     }
     wait_copies<0>();
 
+    int thread = copy_thread(), warp = thread / 32, lane = thread % 32;
     if (lane % 4 == 0) {
 #pragma unroll
         for (int m = 0; m < BLOCK_DV / 16; ++m) {
@@ -252,8 +256,8 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
         CopyTurns turns;
         for (bool again = true; again;) {
             Weights weights(shared.scratch);
-            copy_and_weigh(turns, weights, shared, thread - 32 * ROW_WARPS);
-            again = finish<WARPS>(weights, part, shared.scratch, thread);
+            copy_and_weigh(turns, weights, shared);
+            again = finish<WARPS>(weights, part, shared.scratch);
         }
     } else {
         take_registers<ROW_REGISTERS>();
@@ -268,7 +272,7 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
                 sum_in_one_term(sums, turn, shared, shift, row, lane);
             }
             store_sums(sums, part.state, row, lane);
-            again = finish<WARPS>(Weights(shared.scratch), part, shared.scratch, thread);
+            again = finish<WARPS>(Weights(shared.scratch), part, shared.scratch);
         }
     }
 }

@@ -42,9 +42,7 @@ class Nvrtc:
         count = len(headers)
         contents = (ctypes.c_char_p * count)(*(text.encode() for text in headers.values()))
         names = (ctypes.c_char_p * count)(*(header.encode() for header in headers))
-        self._call(
-            "nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), count, contents, names
-        )
+        self._call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), name.encode(), count, contents, names)
         try:
             given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             if self._library.nvrtcCompileProgram(program, len(options), given) != _SUCCESS:

@@ -37,7 +37,9 @@ def _library(name: str, source: str, defines: tuple[tuple[str, str], ...]) -> ct
     options = [*_OPTIONS, f"-I{_HERE}", f"-I{_KERNELS / 'include'}"]
     options += [f"-D{key}={value}" for key, value in defines]
     options += [f'-DKERNEL_SOURCE="{_KERNELS / source}"', f"-DKERNEL_NAME={name}"]
-    texts = [path.read_text() for path in (*sorted(_HERE.glob("*.*")), _KERNELS / source)] + list(read_headers().values())
+    texts = [path.read_text() for path in (*sorted(_HERE.glob("*.*")), _KERNELS / source)] + list(
+        read_headers().values()
+    )
     path = _folder() / f"{hashlib.sha256(repr((options, texts)).encode()).hexdigest()[:32]}.so"
     if not path.exists():
         partial = path.with_suffix(f".{os.getpid()}")

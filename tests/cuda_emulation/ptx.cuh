@@ -64,6 +64,7 @@ inline float high_half(uint32_t pair) { return to_float(uint16_t(pair >> 16)); }
 inline uint32_t pack(float low, float high) { return uint32_t(from_float(high)) << 16 | from_float(low); }
 
 inline int anew(int x) { return x; }
+inline int thread_anew() { return threadIdx.x; }
 
 // ---- threads of a block ----
 

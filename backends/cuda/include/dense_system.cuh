@@ -1,4 +1,4 @@
-// A dense system A u = b of BLOCK_D unknowns in the registers of one block, solved by conjugate gradients or elimination.
+// A dense system A u = b of BLOCK_D unknowns in the registers of one block: products, and elimination.
 #pragma once
 #include <ptx.cuh>
 

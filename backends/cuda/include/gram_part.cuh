@@ -195,7 +195,8 @@ DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile,
 // Called by all threads after a pass over the keys: leaves the sum of the
 // weights. Whether the reference was too low and another pass, with a higher one, has to be made.
 template <int WARPS>
-DEVICE bool finish(const Weights& weights, const Part& part, Scratch& scratch, int thread) {
+DEVICE bool finish(const Weights& weights, const Part& part, Scratch& scratch) {
+    int thread = thread_anew();
     float largest = block_max<WARPS>(weights.largest, scratch.per_warp, thread);
     float sum = warp_sum(weights.sum), reference = scratch.reference;
     sync_block();

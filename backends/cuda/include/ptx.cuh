@@ -76,6 +76,14 @@ DEVICE int anew(int x) {
     return x;
 }
 
+// threadIdx.x, read from its special register where it is needed; see anew.
+DEVICE int thread_anew() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    __builtin_assume(x >= 0 && x < 1024);
+    return x;
+}
+
 // ---- threads of a block ----
 
 DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
