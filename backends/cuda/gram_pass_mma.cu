@@ -1,8 +1,8 @@
 // One pass over the keys of a part, with the matrix instructions of one warp (mma.sync), for compute capability 8.0 on.
 //
-// Two groups of warps hold the sums, all in registers: one those of keys with keys, the other those of keys with values;
-// in each a warp owns WARP_ROWS rows. A warp makes the weighted keys of its rows in registers, in the layout of a left
-// operand. The weights of a tile are computed while the one before it is multiplied.
+// Two groups of warps hold the sums, all in registers: one those of keys with keys, the other those of keys with
+// values; in each a warp owns WARP_ROWS rows. A warp makes the weighted keys of its rows in registers, in the layout
+// of a left operand. The weights of a tile are computed while the one before it is multiplied.
 #include <gram_part.cuh>
 
 constexpr int WARP_ROWS = BLOCK_D < 32 ? 16 : 32;
@@ -98,8 +98,8 @@ DEVICE void sum_part(Sums& sums, Weights& weights, Shared& shared, const Part& p
         if (tile >= tiles) return;
         uint32_t stage = shared_address(shared.stages[tile % STAGES]);
         for (int first = 16 * warp; first < BLOCK_K; first += 16 * WARPS) {
-            weights.weigh(shared.weights[tile % 2], stage, part.start + tile * BLOCK_K, first, part, shared.scratch.query,
-                          lane);
+            int tile_start = part.start + tile * BLOCK_K;
+            weights.weigh(shared.weights[tile % 2], stage, tile_start, first, part, shared.scratch.query, lane);
         }
     };
 

@@ -29,9 +29,10 @@ DEVICE Solution checked(System& system, const Vector& right, const Vector& u) {
     return s;
 }
 
-// A is symmetric but for rounding, so that the recurrence is off by a little: when it ends, the residual is computed anew,
-// and it goes on from there while that is not small enough. Curvature that is not positive ends a round.
-DEVICE void conjugate_gradients(System& system, Solution& s, const Vector& right, float enough, int limit, int& iterations) {
+// A is symmetric but for rounding, so that the recurrence is off by a little: when it ends, the residual is computed
+// anew, and it goes on from there while that is not small enough. Curvature that is not positive ends a round.
+DEVICE void conjugate_gradients(System& system, Solution& s, const Vector& right, float enough, int limit,
+                                int& iterations) {
     for (int round = 0; round < ROUNDS && s.rho > enough && iterations < limit; ++round) {
         Vector direction = s.residual;
         for (bool going = true; going;) {
@@ -71,7 +72,8 @@ DEVICE void load_moments(Shared& shared, const GramArguments& g, const QueryInde
     sync_block();
     float ridge = g.ridge;
     if (g.ridge_pointer) {
-        ridge = g.ridge_pointer[at.batch * g.ridge_strides[0] + at.head * g.ridge_strides[1] + at.row * g.ridge_strides[2]];
+        const int64_t(&strides)[3] = g.ridge_strides;
+        ridge = g.ridge_pointer[at.batch * strides[0] + at.head * strides[1] + at.row * strides[2]];
     }
 #pragma unroll 8
     for (int n = thread; n < BLOCK_D * BLOCK_D; n += SOLVE_THREADS) {
@@ -83,8 +85,8 @@ DEVICE void load_moments(Shared& shared, const GramArguments& g, const QueryInde
 }
 
 // vbar - G^T u, rounded.
-DEVICE void store_output(Shared& shared, const GramArguments& g, const QueryIndex& at, const float* state, const float* u,
-                         int thread) {
+DEVICE void store_output(Shared& shared, const GramArguments& g, const QueryIndex& at, const float* state,
+                         const float* u, int thread) {
     constexpr int GROUPS = SOLVE_THREADS / BLOCK_DV;
     bool there = state[1] > 0;
     float inverse = there ? 1.0f / state[1] : 0;

@@ -1,9 +1,11 @@
-// Stands in for backends/cuda/include/ptx.cuh: the same functions for threads that are fibers of one CPU thread. What runs
-// asynchronously on a GPU happens as late as the code allows, and shared memory starts as NaN, so that a missing wait shows.
+// Stands in for backends/cuda/include/ptx.cuh: the same functions for threads that are fibers of one CPU thread. What
+// runs asynchronously on a GPU happens as late as the code allows, and shared memory starts as NaN, so that a missing
+// wait shows.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <fibers.h>
 
 #define DEVICE inline
@@ -109,7 +111,8 @@ inline void load_four(uint32_t (&to)[4], uint32_t address) {
             for (int i = 0; i < 4; ++i) {
                 uint16_t pair[2];
                 for (int j = 0; j < 2; ++j) {
-                    int row = TRANSPOSED ? lane % 4 * 2 + j : lane / 4, column = TRANSPOSED ? lane / 4 : lane % 4 * 2 + j;
+                    int row = lane / 4, column = lane % 4 * 2 + j;
+                    if (TRANSPOSED) std::swap(row, column);
                     uint32_t start = lanes[8 * i + row].in[0];
                     require(start % 16 == 0, "a matrix row that is not aligned");
                     std::memcpy(&pair[j], static_cast<uint8_t*>(at_address(start, 16)) + 2 * column, 2);

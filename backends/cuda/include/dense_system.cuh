@@ -81,7 +81,8 @@ struct System {
 #pragma unroll
             for (int a = 0; a < SIDE; ++a) partial[a] += matrix[a][b] * x;
         }
-        // Over the 16 threads of a row of the grid: each step halves the rows that a thread still sums, then there is one.
+        // Over the 16 threads of a row of the grid: each step halves the rows that a thread still sums, then there is
+        // one.
         int mask = GRID / 2, mine = 0;
 #pragma unroll
         for (int half = SIDE / 2; half; half /= 2, mask /= 2) {

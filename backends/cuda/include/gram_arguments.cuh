@@ -17,14 +17,14 @@ struct GramArguments {
     int32_t cg_max_iters, num_kv_heads, group_size, seqlen_q, capacity, window, num_splits;  // window 0: none
 };
 
-// A *part* is what one query sees of one of `num_splits` stretches of keys. It leaves, relative to exp2(reference), with
-// x_j = round(w_j (k_j - shift)) and one shift for all parts of a query, float32 numbers one after another:
+// A *part* is what one query sees of one of `num_splits` stretches of keys. It leaves, relative to exp2(reference),
+// with x_j = round(w_j (k_j - shift)) and one shift for all parts of a query, float32 numbers one after another:
 //     reference, omega = sum_j w_j, and room up to VECTORS_AT
 //     shift, sum_j x_j, sum_j w_j v_j
 //     sum_j x_j k_j^T, sum_j x_j v_j^T
-// The rounded x_j stand on the left of both sums, and the solve takes the transposed covariance: see lla_compile/gram.py
-// for why no rounding then grows with the probe. A part without keys has omega 0 and leaves nothing else. Parts of one
-// reference merge by adding up what they left.
+// The rounded x_j stand on the left of both sums, and the solve takes the transposed covariance: see
+// lla_compile/gram.py for why no rounding then grows with the probe. A part without keys has omega 0 and leaves
+// nothing else. Parts of one reference merge by adding up what they left.
 constexpr int VECTORS_AT = 16;
 constexpr int SHIFT_AT = VECTORS_AT;
 constexpr int KEY_SUM_AT = SHIFT_AT + BLOCK_D;

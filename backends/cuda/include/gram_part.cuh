@@ -57,8 +57,8 @@ DEVICE void load_query(uint16_t* query, const GramArguments& g, const Part& part
     for (int d = thread; d < BLOCK_D; d += threads) query[d] = d < HEAD_DIM ? from[d] : 0;
 }
 
-// q.k of sixteen keys of a tile: of first + lane / 4 and of first + lane / 4 + 8. The operands are exact, and all columns
-// of the right one are the query.
+// q.k of sixteen keys of a tile: of first + lane / 4 and of first + lane / 4 + 8. The operands are exact, and all
+// columns of the right one are the query.
 DEVICE void dot_products(float (&dots)[2], uint32_t key_tile, int first, const uint16_t* query, int lane) {
     float sum[2][4] = {};  // of even and of odd steps: half as long a chain
     const uint32_t* pairs = reinterpret_cast<const uint32_t*>(query);
@@ -152,9 +152,9 @@ DEVICE float block_max(float x, float* per_warp, int thread) {
     return x;
 }
 
-// Called by all threads before the first pass over the keys. The query's first tile gives the reference of its weights,
-// its largest score, and the mean that is taken off all keys before they are weighted, so that an offset that keys share
-// is not rounded. Fills `scratch`; `key_tile` is free again.
+// Called by all threads before the first pass over the keys. The query's first tile gives the reference of its
+// weights, its largest score, and the mean that is taken off all keys before they are weighted, so that an offset
+// that keys share is not rounded. Fills `scratch`; `key_tile` is free again.
 template <int WARPS>
 DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread) {
     constexpr int THREADS = 32 * WARPS;
@@ -227,7 +227,8 @@ DEVICE uint32_t right_operands(int key, int column, int lane) {
 // Sixteen keys x sixteen rows as left operands: weighted keys less the shift, rounded, and what that lost as a second
 // term. `shift` has the rows lane / 4 and lane / 4 + 8.
 template <int COUNT>
-DEVICE void weigh_keys(uint32_t (&terms)[COUNT][4], uint32_t address, const FourWeights& weights, const float (&shift)[2]) {
+DEVICE void weigh_keys(uint32_t (&terms)[COUNT][4], uint32_t address, const FourWeights& weights,
+                       const float (&shift)[2]) {
     uint32_t raw[4];
     load_matrices_transposed(raw, address);
 #pragma unroll

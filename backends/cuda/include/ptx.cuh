@@ -68,8 +68,8 @@ DEVICE float square_root(float x) {
     return y;
 }
 
-// The same number of a thread, warp or lane, as if the compiler had not seen it before: what follows from it is computed
-// where it is needed, and takes no register in the loops around.
+// The same number of a thread, warp or lane, as if the compiler had not seen it before: what follows from it is
+// computed where it is needed, and takes no register in the loops around.
 DEVICE int anew(int x) {
     asm volatile("" : "+r"(x));
     __builtin_assume(x >= 0 && x < 1024);

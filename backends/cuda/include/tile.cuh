@@ -4,8 +4,8 @@
 
 constexpr int CHUNK = 8;  // numbers of 16 bytes
 
-// BLOCK_K rows of a cache, in panels of at most 64 columns. Within a panel the 16-byte chunks of a row are permuted by the
-// row, in the way that wgmma's swizzle modes have it: eight rows of a chunk lie in different banks.
+// BLOCK_K rows of a cache, in panels of at most 64 columns. Within a panel the 16-byte chunks of a row are permuted
+// by the row, in the way that wgmma's swizzle modes have it: eight rows of a chunk lie in different banks.
 template <int WIDTH_, int BLOCK_WIDTH_>
 struct Tile {
     static constexpr int WIDTH = WIDTH_;
