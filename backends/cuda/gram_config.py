@@ -23,6 +23,9 @@ _LEAST_STAGES = {True: 4, False: 3}
 # Rows of wgmma's swizzled operands repeat after 1024 bytes, which a stage must not cut.
 _LEAST_BLOCK_K = {True: 32, False: 16}
 _LEAST_KEYS_OF_A_PART = 256
+# Of a thread when a block starts; by rows, as gram_pass_wgmma.cu has them from its bounds.
+_WGMMA_REGISTERS = {64: 128, 128: 168}
+_MOST_REGISTERS = 256
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 
 
@@ -100,5 +103,7 @@ def _resident(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
     """Blocks of the pass that a multiprocessor holds at once."""
     gram_pass = gram_kernels.kernels(spec, config, device)[0]
     by_memory = device.shared_memory_per_sm // (gram_pass.shared + _RESERVED_SHARED_MEMORY)
-    by_registers = device.registers_per_sm // (256 * gram_pass.threads)
+    wgmma = gram_kernels.uses_wgmma(spec, config)
+    registers = _WGMMA_REGISTERS[config.block_d] if wgmma else _MOST_REGISTERS
+    by_registers = device.registers_per_sm // (registers * gram_pass.threads)
     return max(min(by_memory, by_registers), 1)
