@@ -1,4 +1,4 @@
-"""The CUDA kernels of decoding compiled for GPUs that are not here, what the machine code tells, and the cache on disk."""
+"""The CUDA kernels of decoding compiled for GPUs that are not here: what the machine code tells, and the disk cache."""
 
 import importlib.util
 from dataclasses import dataclass, replace

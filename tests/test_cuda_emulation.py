@@ -1,4 +1,4 @@
-"""The CUDA kernels of decoding on the CPU, thread by thread: the cases of every backend, and what only they can get wrong."""
+"""The CUDA kernels of decoding on the CPU, thread by thread: the cases of every backend, and those of their own."""
 
 import ctypes
 
