@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lla_compile.spec import LLASpec
 
 # In order of preference when nothing is tuned.
-NAMES = ("triton", "eager")
+NAMES = ("triton", "cuda", "eager")
 
 
 class Executable(Protocol):

@@ -78,7 +78,8 @@ def lla_attention(
             every product once.
         cg_tol: conjugate gradients stops when ||r|| <= cg_tol ||r_0||; the default depends on dtype and precision.
         cg_max_iters: cap on the iterations; None takes the plan's.
-        backend: "triton" or "eager"; None lets the planner choose, see :func:`lla_compile.plan`.
+        backend: "triton", "cuda" (for decoding only) or "eager"; None lets the planner choose, see
+            :func:`lla_compile.plan`.
         return_info: also return a :class:`SolveInfo`.
 
     Returns:

@@ -163,7 +163,7 @@ K = torch.randn(2, 2, 6, 8)
         (ValueError, "precision must be one of fast, accurate, got 'exact'", dict(precision="exact")),
         (ValueError, "cg_tol must be a number with 0 <= cg_tol < 1, got 2", dict(cg_tol=2)),
         (ValueError, "cg_max_iters must be an integer >= 1, got 0", dict(cg_max_iters=0)),
-        (ValueError, "backend must name triton, eager, got 'cudnn'", dict(backend="cudnn")),
+        (ValueError, "backend must name triton, cuda, eager, got 'cudnn'", dict(backend="cudnn")),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

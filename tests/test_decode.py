@@ -264,7 +264,7 @@ PAGED = dict(k_cache=PAGES, v_cache=PAGES, block_table=TABLE)
         (ValueError, r"scale must be a 0-dim tensor, got shape \(4,\)", dict(scale=torch.ones(4))),
         (ValueError, "window_size must be an integer >= 1, got 0", dict(window_size=0)),
         (ValueError, "precision must be one of fast, accurate, got 'exact'", dict(precision="exact")),
-        (ValueError, "backend must name triton, eager, got 'cudnn'", dict(backend="cudnn")),
+        (ValueError, "backend must name triton, cuda, eager, got 'cudnn'", dict(backend="cudnn")),
         (NotImplementedError, "lla_decode has no gradient, but q requires one: .*no_grad",
          dict(q=Q.clone().requires_grad_())),
         (NotImplementedError, "but v_cache requires one", dict(v_cache=K.clone().requires_grad_())),

@@ -30,11 +30,18 @@ def test_every_folder_of_modules_is_listed():
 
 
 def test_every_data_file_is_listed():
-    patterns = SETUPTOOLS["package-data"]["lla_compile.tuning_db"]
+    folders = {package: ROOT / folder for folder, package in FOLDERS.items()}
+    folders["lla_compile.backends.cuda"] = ROOT / "backends" / "cuda"
+    listed = {
+        path
+        for package, patterns in SETUPTOOLS["package-data"].items()
+        for pattern in patterns
+        for path in folders[package].glob(pattern)
+    }
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*"):
             if path.is_file() and path.suffix != ".py" and "__pycache__" not in path.parts:
-                assert folder == "tuning_db" and any(path.match(pattern) for pattern in patterns), path
+                assert path in listed, path
 
 
 def test_data_files_are_found_where_the_package_is():

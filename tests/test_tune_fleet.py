@@ -46,7 +46,8 @@ def url(request, tmp_path):
         with postgres() as server:
             yield server
     else:
-        yield {"journal": f"journal://{tmp_path}/studies.log", "sqlite": f"sqlite:///{tmp_path}/s.sqlite3"}[request.param]
+        urls = {"journal": f"journal://{tmp_path}/studies.log", "sqlite": f"sqlite:///{tmp_path}/s.sqlite3"}
+        yield urls[request.param]
 
 
 def wait_for(condition, seconds=60.0):

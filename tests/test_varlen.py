@@ -180,7 +180,7 @@ Q, K = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
         (ValueError, "ridge must be positive and finite, got 0.0", dict(ridge=0)),
         (ValueError, r"scale must be a 0-dim tensor, got shape \(4,\)", dict(scale=torch.ones(4))),
         (ValueError, "window_size needs is_causal=True", dict(window_size=2, is_causal=False)),
-        (ValueError, "backend must name triton, eager, got 'cudnn'", dict(backend="cudnn")),
+        (ValueError, "backend must name triton, cuda, eager, got 'cudnn'", dict(backend="cudnn")),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

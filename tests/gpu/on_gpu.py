@@ -1,4 +1,4 @@
-"""Problems on the GPU and the Triton backend on them, in the few kernel variants that the tests share."""
+"""Problems on the GPU and the backends on them, in the few kernel variants that the tests share."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def gpu_decode_problem(**fields) -> DecodeProblem:
     return make_decode_problem(**dict(dtype=torch.bfloat16, head_dim=64, device="cuda") | fields)
 
 
-def triton_decode(p: DecodeProblem, precision: str = "accurate", **knobs) -> torch.Tensor:
-    return decode(p, "triton", precision, device=identify("cuda"), **knobs)
+def gpu_decode(backend: str, p: DecodeProblem, precision: str = "accurate", **knobs) -> torch.Tensor:
+    return decode(p, backend, precision, device=identify("cuda"), **knobs)
 
 
-def bound_decode(p: DecodeProblem, precision: str = "accurate", **knobs):
+def bound_decode(backend: str, p: DecodeProblem, precision: str = "accurate", **knobs):
     """The executable of a decoding problem."""
-    return backends.get("triton").bind(decode_plan(p, "triton", precision, identify("cuda"), **knobs))
+    return backends.get(backend).bind(decode_plan(p, backend, precision, identify("cuda"), **knobs))
 
 
 def poison_free_memory() -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from decode_problems import STREAM  # noqa: E402
-from on_gpu import gpu_decode_problem, gpu_packed, gpu_problem, gradients, triton, triton_decode  # noqa: E402
+from on_gpu import gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients, triton  # noqa: E402
 from problems import assert_close, make_grad_out  # noqa: E402
+
+from lla_compile.backends.cuda import runtime  # noqa: E402
 
 CASES = [
     dict(heads=3, kv_heads=1, seqlen_q=65, head_dim=40, head_dim_v=24),
@@ -32,7 +34,8 @@ p = gpu_packed((70, 0, 33), head_dim=40, head_dim_v=24, heads=2, kv_heads=1, rid
 assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_iters=8).values())
 for fields in DECODE_CASES:
     p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
-    for num_splits in (1, 3):
-        assert_close(triton_decode(p, num_splits=num_splits), p.reference(), 2.5e-3)
-    assert_close(triton_decode(p, **STREAM), p.reference(), 2.5e-3)
+    for backend in ("triton",) if runtime.unavailable() else ("triton", "cuda"):
+        for num_splits in (1, 3):
+            assert_close(gpu_decode(backend, p, num_splits=num_splits), p.reference(), 2.5e-3)
+    assert_close(gpu_decode("triton", p, **STREAM), p.reference(), 2.5e-3)
 print("done")

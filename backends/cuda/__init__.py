@@ -1,0 +1,75 @@
+"""CUDA backend: kernels in CUDA C++, compiled by NVRTC and launched through CuPy; NVIDIA GPUs from 8.0 on, decoding."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Mapping
+
+from lla_compile.backends.cuda import gram_config
+
+if TYPE_CHECKING:
+    from lla_compile.backends import Executable
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plans import KernelConfig, Plan
+    from lla_compile.spec import LLASpec
+
+_MIN_COMPUTE_CAPABILITY = 8.0
+
+
+class CudaBackend:
+    """See :class:`lla_compile.backends.Backend`."""
+
+    name = "cuda"
+
+    def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
+        from lla_compile.backends.cuda import runtime
+
+        if why := gram_config.unsupported(spec):
+            return why
+        if device.vendor != "nvidia":
+            return f"{device.id} is not an NVIDIA GPU"
+        if float(device.compute_capability) < _MIN_COMPUTE_CAPABILITY:
+            return f"compute capability {device.compute_capability} < {_MIN_COMPUTE_CAPABILITY}"
+        if reason := self.infeasible(spec, self.default_config(spec, device), device):
+            return f"no configuration fits: {reason}"
+        return runtime.unavailable()
+
+    def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+        return gram_config.default_config(spec, device)
+
+    def alternatives(self, spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
+        """The default of the other instruction path, where the device has two."""
+        return gram_config.alternatives(spec, device)
+
+    def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
+        return gram_config.search_space(spec, device)
+
+    def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
+        return gram_config.infeasible(spec, config, device)
+
+    def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
+        return _gram_source_hash()
+
+    def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
+        from lla_compile.backends.cuda.gram_launcher import precompile_gram
+
+        precompile_gram(spec, config, device)
+
+    def bind(self, plan: Plan) -> Executable:
+        from lla_compile.backends.cuda.gram_launcher import GramLauncher
+
+        return GramLauncher(plan)
+
+
+@lru_cache(maxsize=None)
+def _gram_source_hash() -> str:
+    """Of the kernels of decoding and of what decides their constants."""
+    from lla_compile.backends.cuda.compiler import source_hash
+
+    return source_hash(
+        ("gram_pass_mma.cu", "gram_pass_wgmma.cu", "gram_merge.cu", "gram_solve.cu"),
+        ("gram_kernels.py", "gram_launcher.py"),
+    )
+
+
+BACKEND = CudaBackend()

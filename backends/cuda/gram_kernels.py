@@ -1,0 +1,146 @@
+"""The kernels of decoding: which sources a plan compiles, with which constants, and what they take of a multiprocessor.
+
+The pass over the keys exists twice: for the matrix instructions of one warp (mma.sync) and of four (wgmma). See the
+``.cu`` files for what the kernels do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Mapping
+
+from lla_compile.precision import split_terms
+
+if TYPE_CHECKING:
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plans import KernelConfig
+    from lla_compile.spec import LLASpec
+
+MAX_SPLITS = 64
+# `accurate` weighs the keys of a query that sees at most so many in two terms. Where few keys share the weight, their
+# rounding does not average out: in one term the error at ridge 0.01 is 2.5e-3 at 2000 keys, 2.3e-3 at 4000.
+_TWO_TERMS_UP_TO = 3072
+# By how much, in powers of two, a part's scores may pass those of its first tile; else its keys are read twice.
+_HEADROOM = {"bfloat16": 64, "float16": 8}
+# Conjugate gradients that take as long as an elimination.
+DIRECT_AFTER = 24
+
+_GROUP_ROWS = 64
+_VECTORS_AT = 16  # the kernels' constant of the same name, as are the numbers below
+_MERGE_THREADS = 256
+_SOLVE_THREADS, _SOLVE_WARPS = 256, 8
+_PART_BYTES = 112
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch of a plan.
+
+    Attributes:
+        name: of the function.
+        source: its file.
+        defines: its constants but ALIGNED, which depends on the tensors of a call.
+        grid: blocks in x and y.
+        threads: of a block.
+        shared: bytes of shared memory of a block, all dynamic.
+    """
+
+    name: str
+    source: str
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    defines: Mapping[str, str] = field(hash=False)
+
+
+def padded_width(head_dim: int) -> int:
+    """Columns of a tile that holds ``head_dim``: a power of two, at least the 16 of a matrix instruction."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def warp_counts(spec: LLASpec, device: DeviceInfo) -> tuple[int, ...]:
+    """Warps of a block of the pass, one number for each kernel that the device has for the spec, best first."""
+    of_groups, of_single_warps = group_warps(spec), 2 * max(padded_width(spec.head_dim) // 32, 1)
+    return (of_groups, of_single_warps) if of_groups and device.compute_capability == "9.0" else (of_single_warps,)
+
+
+def uses_wgmma(spec: LLASpec, config: KernelConfig) -> bool:
+    """Whether groups of four warps multiply: it is the number of warps that tells."""
+    return config.num_warps == group_warps(spec)
+
+
+def group_warps(spec: LLASpec) -> int | None:
+    """A group for every 64 rows and one that copies; None where rows are fewer, or too wide for the registers."""
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    return 4 * (width // _GROUP_ROWS + 1) if width >= max(_GROUP_ROWS, width_v) else None
+
+
+def part_numel(spec: LLASpec) -> int:
+    """float32 numbers that one part of a query leaves, see gram_arguments.cuh."""
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    return _VECTORS_AT + 2 * width + width_v + width * (width + width_v)
+
+
+def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Kernel, ...]:
+    """The launches of a plan in order."""
+    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
+    queries = spec.batch * spec.num_heads * spec.seqlen_q
+    common = {
+        "HEAD_DIM": spec.head_dim, "HEAD_DIM_V": spec.head_dim_v, "BLOCK_D": width, "BLOCK_DV": width_v,
+        "BFLOAT16": int(spec.dtype == "bfloat16"),
+    }  # fmt: skip
+    passed = {
+        "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": spec.page_size or 0,
+        "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": _TWO_TERMS_UP_TO,
+        "HEADROOM": f"{_HEADROOM[spec.dtype]}.0f",
+    }  # fmt: skip
+    source, shared = (
+        ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)
+    )
+    launches = [
+        Kernel(
+            "gram_pass", source, (queries * config.num_splits, 1), 32 * config.num_warps,
+            shared(config, width, width_v), _text(common | passed),
+        )
+    ]  # fmt: skip
+    if config.num_splits > 1:
+        grid = queries, -(-part_numel(spec) // _MERGE_THREADS)
+        launches.append(Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common)))
+    direct = {"DIRECT_AFTER": DIRECT_AFTER}
+    launches.append(
+        Kernel(
+            "gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, _solve_shared(width, width_v),
+            _text(common | direct),
+        )
+    )  # fmt: skip
+    return tuple(launches)
+
+
+def _mma_shared(config: KernelConfig, width: int, width_v: int) -> int:
+    """Of struct Shared in gram_pass_mma.cu, as the functions below are of their sources."""
+    tiles = 2 * config.num_stages * config.block_k * (width + width_v)
+    return _aligned(tiles + 4 * 2 * config.block_k + _scratch(width)) + _PART_BYTES
+
+
+def _wgmma_shared(config: KernelConfig, width: int, width_v: int) -> int:
+    tiles = 2 * config.num_stages * config.block_k * (width + width_v)
+    barriers = 2 * 8 * config.num_stages
+    sums = 4 * (config.num_stages * config.block_k + 4 * width_v)
+    return _aligned(tiles + barriers + _PART_BYTES + sums + _scratch(width))
+
+
+def _solve_shared(width: int, width_v: int) -> int:
+    system = width * (width + 2) + (2 + _SOLVE_WARPS) * width + 2 * (width + 1) + 2 * width
+    return 4 * (system + 2 * width + width_v + _SOLVE_THREADS)
+
+
+def _scratch(width: int) -> int:
+    return 6 * width + 4 * 34
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 8) * 8
+
+
+def _text(constants: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in constants.items()}

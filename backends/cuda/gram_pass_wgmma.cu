@@ -1,0 +1,278 @@
+// One pass over the keys of a part, with the matrix instructions of four warps (wgmma), for compute capability 9.0.
+//
+// One group of four warps copies tiles, weighs their keys and sums the values. Each of the others owns 64 rows of both
+// sums, in registers: it makes the weighted keys of its rows, in the layout of a left operand, and multiplies them with
+// the tile in shared memory. Products run on their own: meanwhile the weighted keys of the next tile are made.
+#include <gram_part.cuh>
+#include <ptx_sm90.cuh>
+
+constexpr int GROUP = 128;
+constexpr int ROW_GROUPS = BLOCK_D / 64;
+constexpr int ROW_WARPS = 4 * ROW_GROUPS;
+constexpr int WARPS = ROW_WARPS + 4;
+constexpr int THREADS = 32 * WARPS;
+constexpr int BLOCKS = ROW_GROUPS == 1 ? 2 : 1;  // on a multiprocessor at least, which sets the registers at the start
+constexpr int ROW_REGISTERS = ROW_GROUPS == 1 ? 152 : 208;
+constexpr int COPY_REGISTERS = ROW_GROUPS == 1 ? 104 : 88;
+constexpr int STEPS = BLOCK_K / 16;
+constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
+// Tiles that are being copied. The others are: one multiplied, one whose weighted keys are made, one weighed.
+constexpr int AHEAD = STAGES - 3;
+
+struct Shared {
+    uint8_t stages[STAGES][STAGE_BYTES];
+    uint64_t full[STAGES], empty[STAGES];  // a stage is weighed; nobody needs it any more
+    Part part;
+    float weights[STAGES][BLOCK_K];
+    float value_sums[4][BLOCK_DV];
+    Scratch scratch;
+};
+
+// Which stage the next tile has, and how often the stages have been gone through.
+struct Turn {
+    int stage = 0, parity = 0;
+
+    DEVICE void next() {
+        if (++stage == STAGES) stage = 0, parity ^= 1;
+    }
+};
+
+// One arrival for the warp, after all that its threads did before.
+DEVICE void arrive_as_warp(uint64_t* barrier, int lane) {
+    sync_warp();
+    if (lane == 0) arrive(barrier);
+}
+
+// ---- the warps that copy and weigh ----
+
+struct CopyTurns {
+    Turn copied, weighed;
+};
+
+// The number of the thread within the group.
+DEVICE int copy_thread() { return thread_anew() % GROUP; }
+
+DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared) {
+    const Part& part = shared.part;
+    int tiles = part.tiles();
+    float value_sums[BLOCK_DV / 16][4] = {};
+
+    auto copy = [&](int tile) {
+        if (tile < tiles) {
+            wait_phase(&shared.empty[turns.copied.stage], turns.copied.parity ^ 1);
+            uint32_t stage = shared_address(shared.stages[turns.copied.stage]);
+            copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), copy_thread());
+            turns.copied.next();
+        }
+        commit_copies();
+    };
+
+#pragma unroll 1
+    for (int tile = -AHEAD; tile < tiles; ++tile) {
+        copy(tile + AHEAD);
+        if (tile < 0) continue;
+        wait_copies<AHEAD>();
+        sync_some<1, GROUP>();  // the tile is there for all of the group
+        uint32_t stage = shared_address(shared.stages[turns.weighed.stage]);
+        float* stage_weights = shared.weights[turns.weighed.stage];
+#pragma unroll
+        for (int at = 0; at < BLOCK_K; at += 64) {
+            int lane = copy_thread() % 32;
+            int first = at + copy_thread() / 32 * 16;
+            if (BLOCK_K % 64 && first >= BLOCK_K) break;
+            weights.weigh(stage_weights, stage, part.start + tile * BLOCK_K, first, part, shared.scratch.query, lane);
+            sync_warp();
+            uint32_t columns[2];
+            FourWeights(stage_weights + first, lane).as_columns(columns, lane);
+#pragma unroll
+            for (int m = 0; m < BLOCK_DV / 16; ++m) {
+                uint32_t a[4];
+                load_matrices_transposed(a, stage + KeyTile::BYTES + left_operand<ValueTile>(first, 16 * m, lane));
+                multiply_add(value_sums[m], a, columns[0], columns[1]);
+            }
+        }
+        arrive_as_warp(&shared.full[turns.weighed.stage], copy_thread() % 32);
+        turns.weighed.next();
+    }
+    wait_copies<0>();
+
+    int thread = copy_thread(), warp = thread / 32, lane = thread % 32;
+    if (lane % 4 == 0) {
+#pragma unroll
+        for (int m = 0; m < BLOCK_DV / 16; ++m) {
+            float* to = shared.value_sums[warp] + 16 * m + lane / 4;
+            to[0] = value_sums[m][0] + value_sums[m][1];
+            to[8] = value_sums[m][2] + value_sums[m][3];
+        }
+    }
+    sync_some<1, GROUP>();
+    const float(&sums)[4][BLOCK_DV] = shared.value_sums;
+    for (int d = thread; d < BLOCK_DV; d += GROUP) {
+        part.state[VALUE_SUM_AT + d] = sums[0][d] + sums[1][d] + (sums[2][d] + sums[3][d]);
+    }
+}
+
+// ---- the warps that own rows ----
+
+struct Sums {
+    float keys[BLOCK_D / 8][4];
+    float values[BLOCK_DV / 8][4];
+    float row[4];  // of the weighted keys alone
+};
+
+// Wait for the tile and make its weighted keys, sixteen rows of them, and their sum.
+template <int COUNT>
+DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Sums& sums, Shared& shared, const Turn& turn,
+                          const float (&shift)[2], int row, int lane) {
+    lane = anew(lane);
+    wait_phase(&shared.full[turn.stage], turn.parity);
+    show_to_products();
+    uint32_t tile = shared_address(shared.stages[turn.stage]);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        FourWeights four(shared.weights[turn.stage] + 16 * step, lane);
+        weigh_keys(weighted[step], tile + left_operand<KeyTile>(16 * step, row, lane), four, shift);
+#pragma unroll
+        for (int term = 0; term < COUNT; ++term) {
+            multiply_add(sums.row, weighted[step][term], PAIR_OF_ONES, PAIR_OF_ONES);
+        }
+    }
+}
+
+// What makes these registers comes before, what uses them after.
+template <int COUNT>
+DEVICE void hold_weighted(uint32_t (&weighted)[STEPS][COUNT][4]) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+#pragma unroll
+        for (int term = 0; term < COUNT; ++term) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) hold(weighted[step][term][i]);
+        }
+    }
+}
+
+template <int COUNT>
+DEVICE void start_products(Sums& sums, uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, const Turn& turn) {
+    uint32_t keys = shared_address(shared.stages[turn.stage]), values = keys + KeyTile::BYTES;
+    hold_weighted(weighted);
+    begin_products();
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        constexpr int KEY_ROW = 2 * KeyTile::PANEL, VALUE_ROW = 2 * ValueTile::PANEL;
+        uint64_t key_operand = describe_operand(keys + 16 * step * KEY_ROW, KEY_ROW, KeyTile::PANEL_BYTES);
+        uint64_t value_operand = describe_operand(values + 16 * step * VALUE_ROW, VALUE_ROW, ValueTile::PANEL_BYTES);
+#pragma unroll
+        for (int term = 0; term < COUNT; ++term) {
+            multiply_group(sums.keys, weighted[step][term], key_operand);
+            multiply_group(sums.values, weighted[step][term], value_operand);
+        }
+    }
+    commit_products();
+}
+
+template <int COUNT>
+DEVICE void end_products(uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, const Turn& turn, int lane) {
+    wait_products();
+    hold_weighted(weighted);
+    arrive_as_warp(&shared.empty[turn.stage], lane);
+}
+
+// All tiles of the part in one term, each made while the products of the one before run.
+DEVICE void sum_in_one_term(Sums& sums, Turn& turn, Shared& shared, const float (&shift)[2], int row, int lane) {
+    int tiles = shared.part.tiles();
+    uint32_t even[STEPS][1][4], odd[STEPS][1][4];
+    make_weighted(even, sums, shared, turn, shift, row, lane);
+#pragma unroll 1
+    for (int tile = 0;; tile += 2) {
+        Turn next = turn;
+        next.next();
+        start_products(sums, even, shared, turn);
+        if (tile + 1 < tiles) make_weighted(odd, sums, shared, next, shift, row, lane);
+        end_products(even, shared, turn, lane);
+        turn = next;
+        if (tile + 1 >= tiles) break;
+        next.next();
+        start_products(sums, odd, shared, turn);
+        if (tile + 2 < tiles) make_weighted(even, sums, shared, next, shift, row, lane);
+        end_products(odd, shared, turn, lane);
+        turn = next;
+        if (tile + 2 >= tiles) break;
+    }
+}
+
+// The same in two terms, for which there are not registers enough twice.
+DEVICE void sum_in_two_terms(Sums& sums, Turn& turn, Shared& shared, const float (&shift)[2], int row, int lane) {
+    int tiles = shared.part.tiles();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+        uint32_t weighted[STEPS][2][4];
+        make_weighted(weighted, sums, shared, turn, shift, row, lane);
+        start_products(sums, weighted, shared, turn);
+        end_products(weighted, shared, turn, lane);
+        turn.next();
+    }
+}
+
+DEVICE void store_sums(Sums& sums, float* state, int row, int lane) {
+    row = anew(row), lane = anew(lane);
+#pragma unroll
+    for (int n = 0; n < BLOCK_D / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) hold(sums.keys[n][i]);
+    }
+#pragma unroll
+    for (int n = 0; n < BLOCK_DV / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) hold(sums.values[n][i]);
+    }
+    store_rows<BLOCK_D>(state + KEYS_AT, sums.keys, row + lane / 4, lane);
+    store_rows<BLOCK_DV>(state + VALUES_AT, sums.values, row + lane / 4, lane);
+    if (lane % 4 == 0) {
+        state[KEY_SUM_AT + row + lane / 4] = sums.row[0];
+        state[KEY_SUM_AT + row + lane / 4 + 8] = sums.row[2];
+    }
+}
+
+KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
+    Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+    int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    if (thread == 0) {
+        shared.part = Part(g, blockIdx.x);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            init_barrier(&shared.full[stage], 4);
+            init_barrier(&shared.empty[stage], ROW_WARPS);
+        }
+    }
+    sync_block();
+    const Part& part = shared.part;
+    if (part.empty()) {
+        if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
+        return;
+    }
+    prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread);
+    if (warp >= ROW_WARPS) {
+        give_registers<COPY_REGISTERS>();
+        CopyTurns turns;
+        for (bool again = true; again;) {
+            Weights weights(shared.scratch);
+            copy_and_weigh(turns, weights, shared);
+            again = finish<WARPS>(weights, part, shared.scratch);
+        }
+    } else {
+        take_registers<ROW_REGISTERS>();
+        int row = 16 * warp;
+        float shift[2] = {shared.scratch.shift[row + lane / 4], shared.scratch.shift[row + lane / 4 + 8]};
+        Turn turn;
+        for (bool again = true; again;) {
+            Sums sums = {};
+            if (part.in_two_terms()) {
+                sum_in_two_terms(sums, turn, shared, shift, row, lane);
+            } else {
+                sum_in_one_term(sums, turn, shared, shift, row, lane);
+            }
+            store_sums(sums, part.state, row, lane);
+            again = finish<WARPS>(Weights(shared.scratch), part, shared.scratch);
+        }
+    }
+}

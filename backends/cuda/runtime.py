@@ -1,0 +1,71 @@
+"""Launching through CuPy: on PyTorch's current stream, with one structure as the argument of every kernel."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+
+from lla_compile.backends import CompileError
+from lla_compile.backends.cuda.compiler import compile_kernel
+
+if TYPE_CHECKING:
+    import torch
+
+    from lla_compile.backends.cuda.gram_kernels import Kernel
+
+_MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+@lru_cache(maxsize=None)
+def unavailable() -> str | None:
+    """Why kernels cannot be compiled and launched here, or None."""
+    from lla_compile.backends.cuda import nvrtc
+
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"CuPy does not import (pip install cupy-cuda12x or cupy-cuda13x): {reason}"
+    try:
+        nvrtc.load()
+    except (ImportError, CompileError) as error:
+        return str(error)
+    return None
+
+
+def load(kernel: Kernel, defines: Mapping[str, str], compute_capability: str) -> Callable[[int, int], None]:
+    """The kernel compiled and loaded on the current device: a function of a stream and of the address of the arguments.
+
+    Raises:
+        CompileError: it does not compile, or the driver refuses it.
+    """
+    import cupy
+
+    driver = cupy.cuda.driver
+    cubin = compile_kernel(kernel.source, defines, compute_capability)
+    module = cupy.cuda.Module()
+    try:
+        module.load(cubin)
+        function = module.get_function(kernel.name)
+        driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE, kernel.shared)
+    except driver.CUDADriverError as error:
+        raise CompileError(f"the driver refuses {kernel.name}: {error}") from error
+
+    # CuPy's own launch would take tens of microseconds to look at the arguments. The function keeps its module alive.
+    def start(stream: int, parameters: int, *, handle=function) -> None:
+        x, y = kernel.grid
+        driver.launchKernel(handle.ptr, x, y, 1, kernel.threads, 1, 1, kernel.shared, stream, parameters, 0)
+
+    return start
+
+
+def launch(starts: Sequence[Callable[[int, int], None]], packed: bytes, device: torch.device) -> None:
+    """Start kernels one after another with the same arguments, which the driver copies."""
+    import torch
+
+    arguments = ctypes.create_string_buffer(packed, len(packed))
+    parameters = ctypes.c_void_p(ctypes.addressof(arguments))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    for start in starts:
+        start(stream, ctypes.addressof(parameters))

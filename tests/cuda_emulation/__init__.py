@@ -1,0 +1,57 @@
+"""The CUDA kernels compiled as C++ and run on the CPU, thread by thread: see ptx.cuh and fibers.h in this folder."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from lla_compile.backends import cuda
+from lla_compile.backends.cuda.compiler import read_headers
+
+_HERE = Path(__file__).parent
+_KERNELS = Path(cuda.__file__).parent
+_OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-w")
+COMPILER = next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)
+
+
+class EmulatedKernel:
+    """A kernel as a function of a stream, which means nothing here, and of the address of the arguments' address."""
+
+    def __init__(self, kernel, defines, backwards: bool = False):
+        self.kernel, self._backwards = kernel, backwards
+        self.library = _library(kernel.name, kernel.source, tuple(sorted(defines.items())))
+
+    def __call__(self, stream: int, parameters: int) -> None:
+        arguments = ctypes.c_void_p.from_address(parameters)
+        self.library.launch(arguments, *self.kernel.grid, self.kernel.threads, self._backwards)
+
+
+@lru_cache(maxsize=None)
+def _library(name: str, source: str, defines: tuple[tuple[str, str], ...]) -> ctypes.CDLL:
+    options = [*_OPTIONS, f"-I{_HERE}", f"-I{_KERNELS / 'include'}"]
+    options += [f"-D{key}={value}" for key, value in defines]
+    options += [f'-DKERNEL_SOURCE="{_KERNELS / source}"', f"-DKERNEL_NAME={name}"]
+    texts = [path.read_text() for path in (*sorted(_HERE.glob("*.*")), _KERNELS / source)] + list(
+        read_headers().values()
+    )
+    path = _folder() / f"{hashlib.sha256(repr((options, texts)).encode()).hexdigest()[:32]}.so"
+    if not path.exists():
+        partial = path.with_suffix(f".{os.getpid()}")
+        subprocess.run([COMPILER, *options, str(_HERE / "launch.cpp"), "-o", partial], check=True)
+        os.replace(partial, path)
+    return ctypes.CDLL(str(path))
+
+
+@lru_cache(maxsize=None)
+def _folder() -> Path:
+    """Of this process alone, unless LLA_COMPILE_EMULATION says where libraries may stay for the next one."""
+    if kept := os.environ.get("LLA_COMPILE_EMULATION"):
+        Path(kept).mkdir(parents=True, exist_ok=True)
+        return Path(kept)
+    return Path(tempfile.mkdtemp(prefix="lla_compile_emulation"))
