@@ -1,4 +1,4 @@
-"""The console script ``lla-compile``: ``tune``, ``db``, ``doctor`` and ``report``."""
+"""The console script ``lla-compile``: ``tune``, ``db``, ``doctor``, ``report`` and ``build``."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return report(argv[1:])
 
-    from lla_compile import db_cli, doctor
+    from lla_compile import build, db_cli, doctor
 
     parser = argparse.ArgumentParser(prog="lla-compile", description="Tune Local Linear Attention; manage the results.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{tune,db,doctor,report}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{tune,db,doctor,report,build}")
     commands.add_parser("tune", help="search the best plans for this machine (see `lla-compile tune --help`)")
     db_cli.add_arguments(commands.add_parser("db", help="list, show, verify and merge tuned plans"))
     doctor.add_arguments(commands.add_parser("doctor", help="what this machine is, what is tuned for it, what works"))
     commands.add_parser("report", help="an HTML page about a search (see `lla-compile report --help`)")
+    build.add_arguments(commands.add_parser("build", help="compile CUDA kernels ahead of time, with no GPU"))
     options = parser.parse_args(argv)
     return options.run(options)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Mapping
 from lla_compile.backends.cuda import gram_config
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lla_compile.backends import Executable
     from lla_compile.devices import DeviceInfo
     from lla_compile.plans import KernelConfig, Plan
@@ -24,6 +26,10 @@ class CudaBackend:
     def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         from lla_compile.backends.cuda import runtime
 
+        return self.unsupported_spec(spec, device) or runtime.unavailable()
+
+    def unsupported_spec(self, spec: LLASpec, device: DeviceInfo) -> str | None:
+        """The same, whatever is installed on this machine."""
         if why := gram_config.unsupported(spec):
             return why
         if device.vendor != "nvidia":
@@ -32,7 +38,7 @@ class CudaBackend:
             return f"compute capability {device.compute_capability} < {_MIN_COMPUTE_CAPABILITY}"
         if reason := self.infeasible(spec, self.default_config(spec, device), device):
             return f"no configuration fits: {reason}"
-        return runtime.unavailable()
+        return None
 
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         return gram_config.default_config(spec, device)
@@ -54,6 +60,18 @@ class CudaBackend:
         from lla_compile.backends.cuda.gram_launcher import precompile_gram
 
         precompile_gram(spec, config, device)
+
+    def build(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:
+        """Compile a plan's kernels into ``folder``, where LLA_COMPILE_CUBINS lets a machine without a compiler find them.
+
+        Raises:
+            CompileError: a kernel does not compile.
+            ImportError: there is no NVRTC.
+            OSError: the folder cannot be written to.
+        """
+        from lla_compile.backends.cuda.gram_launcher import build_gram
+
+        return build_gram(spec, config, device, folder)
 
     def bind(self, plan: Plan) -> Executable:
         from lla_compile.backends.cuda.gram_launcher import GramLauncher

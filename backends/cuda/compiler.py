@@ -1,23 +1,51 @@
-"""From a kernel's source to a cubin, kept on disk for the next process."""
+"""From a kernel's source to a cubin: one built ahead of time, one kept on disk by an earlier process, or a new one."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Mapping
 
+from lla_compile.backends import CompileError
 from lla_compile.backends.cuda import nvrtc
+
+BUILT_VARIABLE = "LLA_COMPILE_CUBINS"
 
 _FOLDER = Path(__file__).parent
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _OPTIONS = ("--std=c++17",)
 
 
+@dataclass(frozen=True)
+class _Unit:
+    """What is given to the compiler, and the name of its result: the same text and options have the same name."""
+
+    source: str
+    text: str
+    options: tuple[str, ...]
+
+    @classmethod
+    def of(cls, source: str, defines: Mapping[str, str], compute_capability: str) -> _Unit:
+        options = (*_OPTIONS, f"--gpu-architecture={architecture(compute_capability)}")
+        options += tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
+        return cls(source, (_FOLDER / source).read_text(encoding="utf-8"), options)
+
+    @property
+    def name(self) -> str:
+        what = repr((self.options, read_headers(), self.text))
+        return f"{Path(self.source).stem}-{hashlib.sha256(what.encode()).hexdigest()[:32]}"
+
+    def compile(self, compiler: nvrtc.Nvrtc) -> bytes:
+        return compiler.compile(self.text, self.source, read_headers(), self.options)
+
+
 def compile_kernel(source: str, defines: Mapping[str, str], compute_capability: str) -> bytes:
-    """The cubin of a kernel, compiled at most once for a toolchain; no GPU is needed.
+    """The cubin of a kernel: from the folder LLA_COMPILE_CUBINS, see :func:`build_kernel`, if it has one of these sources;
+    else compiled, at most once for a toolchain. No GPU is needed.
 
     Args:
         source: name of a ``.cu`` file of this folder.
@@ -26,19 +54,55 @@ def compile_kernel(source: str, defines: Mapping[str, str], compute_capability: 
 
     Raises:
         CompileError: it does not compile.
-        ImportError: there is no NVRTC.
+        ImportError: it was not built, and there is no NVRTC.
     """
+    unit = _Unit.of(source, defines, compute_capability)
+    folder = built_folder()
+    if folder is not None and (built := _read(folder / f"{unit.name}.cubin")) is not None:
+        return built
     compiler = nvrtc.load()
-    options = (*_OPTIONS, f"--gpu-architecture={architecture(compute_capability)}")
-    options += tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
-    headers, text = read_headers(), (_FOLDER / source).read_text(encoding="utf-8")
-    what = repr((compiler.version, options, headers, text))
-    path = _cache_folder() / f"{Path(source).stem}-{hashlib.sha256(what.encode()).hexdigest()[:32]}.cubin"
+    path = _cache_folder() / f"{unit.name}-{'.'.join(map(str, compiler.version))}.cubin"
     cubin = _read(path)
     if cubin is None:
-        cubin = compiler.compile(text, source, headers, options)
-        _write(path, cubin)
+        cubin = unit.compile(compiler)
+        try:
+            _write(path, cubin)
+        except OSError:
+            return cubin  # a disk that cannot be written to costs the next process a compilation, no more
     return cubin
+
+
+def build_kernel(source: str, defines: Mapping[str, str], compute_capability: str, folder: Path) -> Path:
+    """Compile a kernel into ``folder``, for machines without a compiler; returns the file.
+
+    Raises:
+        CompileError: it does not compile.
+        ImportError: there is no NVRTC.
+        OSError: the folder cannot be written to.
+    """
+    unit = _Unit.of(source, defines, compute_capability)
+    path = folder / f"{unit.name}.cubin"
+    if _read(path) is None:
+        _write(path, unit.compile(nvrtc.load()))
+        path.chmod(0o644)  # it is for another user than the one that builds
+    return path
+
+
+def built_folder() -> Path | None:
+    """Where kernels that were built ahead of time are, if LLA_COMPILE_CUBINS names a folder."""
+    named = os.environ.get(BUILT_VARIABLE)
+    return Path(named) if named else None
+
+
+def unavailable() -> str | None:
+    """Why no kernel can be had here, or None."""
+    if built_folder() is not None:
+        return None
+    try:
+        nvrtc.load()
+    except (ImportError, CompileError) as error:
+        return str(error)
+    return None
 
 
 def architecture(compute_capability: str) -> str:
@@ -78,12 +142,8 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, cubin: bytes) -> None:
-    """Whole or not at all; that two processes may compile the same does no harm. A disk that cannot be written to costs
-    the next process a compilation, no more."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(cubin).digest() + cubin)
-        os.replace(file.name, path)
-    except OSError:
-        return
+    """Whole or not at all; that two processes may write the same does no harm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(hashlib.sha256(cubin).digest() + cubin)
+    os.replace(file.name, path)

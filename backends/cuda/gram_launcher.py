@@ -13,6 +13,8 @@ from lla_compile.lowering import lower
 from lla_compile.storage import layout
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lla_compile.devices import DeviceInfo
     from lla_compile.plans import KernelConfig, Plan
     from lla_compile.spec import LLASpec
@@ -26,6 +28,15 @@ def precompile_gram(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> 
     """Compile what calls with aligned caches need."""
     for kernel in gram_kernels.kernels(spec, config, device):
         compiler.compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability)
+
+
+def build_gram(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:
+    """Compile what any call needs into ``folder``; returns the files."""
+    return [
+        compiler.build_kernel(kernel.source, kernel.defines | {"ALIGNED": aligned}, device.compute_capability, folder)
+        for kernel in gram_kernels.kernels(spec, config, device)
+        for aligned in ("1", "0")
+    ]
 
 
 class GramLauncher:

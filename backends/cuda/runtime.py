@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 from lla_compile.backends import CompileError
-from lla_compile.backends.cuda.compiler import compile_kernel
+from lla_compile.backends.cuda import compiler
 
 if TYPE_CHECKING:
     import torch
@@ -20,18 +20,12 @@ _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 @lru_cache(maxsize=None)
 def unavailable() -> str | None:
     """Why kernels cannot be compiled and launched here, or None."""
-    from lla_compile.backends.cuda import nvrtc
-
     try:
         import cupy  # noqa: F401
     except ImportError as error:
         reason = str(error).strip().partition("\n")[0]
         return f"CuPy does not import (pip install cupy-cuda12x or cupy-cuda13x): {reason}"
-    try:
-        nvrtc.load()
-    except (ImportError, CompileError) as error:
-        return str(error)
-    return None
+    return compiler.unavailable()
 
 
 def load(kernel: Kernel, defines: Mapping[str, str], compute_capability: str) -> Callable[[int, int], None]:
@@ -43,7 +37,7 @@ def load(kernel: Kernel, defines: Mapping[str, str], compute_capability: str) ->
     import cupy
 
     driver = cupy.cuda.driver
-    cubin = compile_kernel(kernel.source, defines, compute_capability)
+    cubin = compiler.compile_kernel(kernel.source, defines, compute_capability)
     module = cupy.cuda.Module()
     try:
         module.load(cubin)

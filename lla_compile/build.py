@@ -1,0 +1,83 @@
+"""``lla-compile build``: the CUDA kernels of a device's plans, compiled ahead for servers that have no compiler."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterator
+
+from lla_compile import backends
+from lla_compile.backends import CompileError
+from lla_compile.devices import DeviceInfo, resolve
+from lla_compile.plans import KernelConfig
+from lla_compile.spec import LLASpec
+from lla_compile.tuning_db import DatabaseError, device_file, overlay_dir, shipped_dir, store
+
+BACKEND = "cuda"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; parsing sets ``run``, which takes the parsed options and returns a status."""
+    parser.description = (
+        "Compile the CUDA kernels of the plans that the tuning database has for a GPU; no GPU is needed. Set "
+        "LLA_COMPILE_CUBINS to the folder where they are used: kernels of the same sources are loaded from it."
+    )
+    parser.add_argument("--gpu", required=True, help="a device id or an alias such as h100")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
+    parser.add_argument(
+        "--defaults", action="store_true",
+        help="also what backend=\"cuda\" runs by default where another backend won",
+    )  # fmt: skip
+    parser.add_argument(
+        "--page-size", nargs="+", type=int, default=[], metavar="N",
+        help="also for caches in pages of so many keys (default: dense caches only)",
+    )  # fmt: skip
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        device = resolve(options.gpu)
+        plans = list(dict.fromkeys(plans_of(device, options.defaults, tuple(options.page_size))))
+        if not plans:
+            raise ValueError(
+                f"no plan of {device.id} is of backend {BACKEND}; --defaults takes its defaults for the keys there are"
+            )
+        backend = backends.get(BACKEND)
+        built = {path for spec, config in plans for path in backend.build(spec, config, device, options.out)}
+    except (ValueError, DatabaseError, ImportError, CompileError, OSError) as error:
+        print(f"lla-compile build: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in built)
+    print(f"{len(built)} kernels of {len(plans)} plans for {device.id}: {size >> 10} KiB in {options.out}")
+    return 0
+
+
+def plans_of(
+    device: DeviceInfo, defaults: bool, page_sizes: tuple[int, ...] = ()
+) -> Iterator[tuple[LLASpec, KernelConfig]]:
+    """The plans of this backend in the overlay and in the shipped database, for dense caches and for ``page_sizes``.
+
+    Args:
+        device: whose entries are read.
+        defaults: whether to give the backend's default where an entry is of another one.
+        page_sizes: keys of a page.
+    """
+    backend = backends.get(BACKEND)
+    for directory in (overlay_dir(), shipped_dir()):
+        document = store.load(device_file(directory, device.id))
+        for entry in document.entries if document else ():
+            spec = entry.spec()
+            for page_size in (None, *page_sizes) if spec.phase == "decode" else (None,):
+                paged = spec if page_size is None else _paged(spec, page_size)
+                if entry.config.backend == BACKEND:
+                    yield paged, entry.config
+                elif defaults and backend.unsupported_spec(paged, device) is None:
+                    yield paged, backend.default_config(paged, device)
+
+
+def _paged(spec: LLASpec, page_size: int) -> LLASpec:
+    """The same over a cache in pages, of at least as many keys."""
+    return replace(spec, page_size=page_size, seqlen_k=-(-spec.seqlen_k // page_size) * page_size)

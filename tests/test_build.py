@@ -1,0 +1,106 @@
+"""Kernels built ahead of time: what `lla-compile build` writes, and how a machine without a compiler takes it."""
+
+import pytest
+from tuned import make_entry
+
+from lla_compile import backends, cli
+from lla_compile.backends.cuda import compiler, gram_kernels, nvrtc
+from lla_compile.devices import resolve
+from lla_compile.key import TuningKey
+from lla_compile.plans import KernelConfig
+from lla_compile.spec import LLASpec
+from lla_compile.tuning_db import record, store
+
+H200 = resolve("h200")
+SPEC = LLASpec.decoding("bfloat16", 16, 1024, 8)
+KEY = TuningKey("lla", "decode", "bfloat16", 16, 16, "accurate", True, 1)
+
+
+def _has_nvrtc() -> bool:
+    try:
+        return bool(nvrtc.load())
+    except ImportError:
+        return False
+
+
+pytestmark = pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC is not installed")
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    """An empty database, an empty cache, no folder of built kernels."""
+    monkeypatch.setenv("LLA_COMPILE_TUNING_DB", str(tmp_path / "overlay"))
+    monkeypatch.delenv(compiler.BUILT_VARIABLE, raising=False)
+    monkeypatch.setattr(store, "shipped_dir", lambda: tmp_path / "shipped")
+    monkeypatch.setattr("lla_compile.build.shipped_dir", lambda: tmp_path / "shipped")
+    monkeypatch.setattr(compiler, "_cache_folder", lambda: tmp_path / "cache")
+    store.clear_cache()
+    yield
+    store.clear_cache()
+
+
+def remove_compiler(monkeypatch) -> None:
+    def load():
+        raise ImportError("NVRTC is not installed")
+
+    monkeypatch.setattr(nvrtc, "load", load)
+
+
+def config() -> KernelConfig:
+    return backends.get("cuda").default_config(SPEC, H200)
+
+
+def record_entry(backend: str) -> None:
+    plan = config() if backend == "cuda" else backends.get("triton").default_config(SPEC, H200)
+    record(H200, [make_entry(1024, 8, KEY, valid=((768, 1535), (8, 8)), **plan.as_dict())])
+
+
+def load_all() -> list[bytes]:
+    return [
+        compiler.compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, "9.0")
+        for kernel in gram_kernels.kernels(SPEC, config(), H200)
+    ]
+
+
+def test_built_kernels_need_no_compiler(tmp_path, monkeypatch, capsys):
+    record_entry("cuda")
+    out = tmp_path / "cubins"
+    assert cli.main(["build", "--gpu", "h200", "--out", str(out)]) == 0
+    files = sorted(out.iterdir())
+    assert f"{len(files)} kernels of 1 plans for nvidia-h200" in capsys.readouterr().out
+    compiled = load_all()
+    remove_compiler(monkeypatch)
+    with pytest.raises(ImportError, match="NVRTC"):
+        load_all()
+    monkeypatch.setenv(compiler.BUILT_VARIABLE, str(out))
+    assert load_all() == compiled and compiler.unavailable() is None
+
+
+def test_other_sources_and_damaged_files_are_not_taken(tmp_path, monkeypatch):
+    kernel = gram_kernels.kernels(SPEC, config(), H200)[-1]
+    defines = kernel.defines | {"ALIGNED": "1"}
+    file = compiler.build_kernel(kernel.source, defines, "9.0", tmp_path)
+    remove_compiler(monkeypatch)
+    monkeypatch.setenv(compiler.BUILT_VARIABLE, str(tmp_path))
+    assert compiler.compile_kernel(kernel.source, defines, "9.0").startswith(b"\x7fELF")
+    with pytest.raises(ImportError, match="NVRTC"):
+        compiler.compile_kernel(kernel.source, defines | {"DIRECT_AFTER": "7"}, "9.0")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ImportError, match="NVRTC"):
+        compiler.compile_kernel(kernel.source, defines, "9.0")
+
+
+def test_defaults_are_built_where_another_backend_won(tmp_path, capsys):
+    record_entry("triton")
+    arguments = ["build", "--gpu", "h200", "--out", str(tmp_path / "cubins")]
+    assert cli.main(arguments) == 2
+    assert "no plan of nvidia-h200 is of backend cuda; --defaults" in capsys.readouterr().err
+    assert cli.main([*arguments, "--defaults", "--page-size", "16"]) == 0
+    assert "of 2 plans" in capsys.readouterr().out
+
+
+def test_without_a_compiler_nothing_is_built(tmp_path, monkeypatch, capsys):
+    record_entry("cuda")
+    remove_compiler(monkeypatch)
+    assert cli.main(["build", "--gpu", "h200", "--out", str(tmp_path / "cubins")]) == 2
+    assert capsys.readouterr().err == "lla-compile build: NVRTC is not installed\n"
