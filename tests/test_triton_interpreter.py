@@ -1,4 +1,4 @@
-"""Runs the interpreted cases in a process of their own: the interpreter is chosen before Triton is first imported."""
+"""Runs the interpreted cases in processes of their own: the interpreter is chosen before Triton is first imported."""
 
 import importlib.util
 import os
@@ -20,17 +20,24 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> tuple[dict[str, list[str]], str]:
-    """For each test function the failures of its cases ("" for a case that passed), and the process's output."""
-    report = tmp_path_factory.mktemp("interpreter") / "report.xml"
-    command = [sys.executable, "-m", "pytest", *map(str, CASES), f"--junitxml={report}", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-    output = done.stdout + done.stderr
-    assert report.exists(), output
+    """For each test function the failures of its cases ("" for a case that passed), and the processes' output."""
+    folder = tmp_path_factory.mktemp("interpreter")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    started = {
+        folder / f"{path.stem}.xml": subprocess.Popen(
+            [*command, str(path), f"--junitxml={folder / path.stem}.xml"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"TRITON_INTERPRET": "1"},
+        )
+        for path in CASES
+    }  # fmt: skip
+    output = "".join(process.communicate()[0] for process in started.values())
     outcomes: dict[str, list[str]] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        problems = [f"{case.get('name')}: {child.tag}\n{child.text}" for child in case if child.tag != "system-out"]
-        module = case.get("classname").rpartition(".")[2]
-        outcomes.setdefault(f"{module}.{case.get('name').partition('[')[0]}", []).append("\n".join(problems))
+    for report in started:
+        assert report.exists(), output
+        for case in ElementTree.parse(report).iter("testcase"):
+            problems = [f"{case.get('name')}: {child.tag}\n{child.text}" for child in case if child.tag != "system-out"]
+            module = case.get("classname").rpartition(".")[2]
+            outcomes.setdefault(f"{module}.{case.get('name').partition('[')[0]}", []).append("\n".join(problems))
     return outcomes, output
 
 
