@@ -1,0 +1,50 @@
+"""The constants of the model that no data sheet has: fitted to measured trials by ``python -m benchmarks.prediction``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Predictions of different versions are not comparable; entries carry the one that made them.
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What of the peaks is attained, and what waiting costs.
+
+    Attributes:
+        tensor: share of the tensor cores' peak.
+        legacy_tensor: factor on it where an architecture with wider products (HGMMA) issues the older ones (HMMA).
+        issue: share of an instruction a clock that each of the four schedulers issues.
+        shared: share of 128 bytes a clock from and to shared memory.
+        l2_bytes: bytes a clock that a multiprocessor gets from the second-level cache.
+        dram: share of the peak bandwidth.
+        cpi: clocks from one instruction of a warp to its next, where nothing else runs.
+        wait: clocks until a tile product that is waited for has ended.
+        barrier: clocks until the warps of a block have met, for each warp.
+        load: clocks that a loop waits for what it loads into registers.
+        local: clocks of an access of local memory by a warp.
+        overlap: exponent p in (sum of t_i^p)^(1/p) over what may overlap: 1 adds up, infinity is the maximum.
+        update: clocks of a sweep's prologue and epilogue for each element of the row state that a thread has.
+        block: clocks that a block takes beside its loops.
+        launch_us: between two launches, and before the first.
+    """
+
+    tensor: float = 0.6
+    legacy_tensor: float = 0.6
+    issue: float = 0.7
+    shared: float = 0.8
+    l2_bytes: float = 32.0
+    dram: float = 0.8
+    cpi: float = 2.0
+    wait: float = 60.0
+    barrier: float = 10.0
+    load: float = 600.0
+    local: float = 4.0
+    overlap: float = 2.5
+    update: float = 20.0
+    block: float = 3000.0
+    launch_us: float = 3.0
+
+
+DEFAULT = Efficiency()
