@@ -27,7 +27,8 @@ class Efficiency:
         overlap: exponent p in (sum of t_i^p)^(1/p) over what may overlap: 1 adds up, infinity is the maximum.
         update: clocks of a sweep's prologue and epilogue for each element of the row state that a thread has.
         block: clocks that a block takes beside its loops.
-        launch_us: between two launches, and before the first.
+        launch_us: of the device for each launch.
+        host_us: of the host for each launch.
     """
 
     tensor: float = 0.6
@@ -45,6 +46,7 @@ class Efficiency:
     update: float = 20.0
     block: float = 3000.0
     launch_us: float = 3.0
+    host_us: float = 22.0
 
 
 DEFAULT = Efficiency()

@@ -13,12 +13,16 @@ from lla_compile.prediction import efficiency
 from lla_compile.prediction.efficiency import Efficiency
 from lla_compile.prediction.features import KernelFeatures, LoopMix
 from lla_compile.prediction.occupancy import blocks_per_sm, makespan
-from lla_compile.prediction.workload import Launch, Workload, workload
+from lla_compile.prediction.workload import Launch, workload
 from lla_compile.spec import LLASpec
 
 _LANES = 32
 _SCHEDULERS = 4
 _SHARED_BYTES_PER_CLOCK = 128
+
+# The tuner's timer keeps the device busy for so long before the first launch (see tuner/timing.py): launches that a
+# host enqueues in that time cost it nothing.
+HEAD_START_MS = 0.4
 
 # A loop whose share of local-memory accesses is larger keeps its accumulators there: it spills. Up to it, a compiler
 # parks addresses and row state that other instructions of a turn outnumber by far.
@@ -34,7 +38,8 @@ class Prediction:
     """Times of a plan.
 
     Attributes:
-        milliseconds: from the first launch to the end of the last.
+        milliseconds: from the first launch to the end of the last, as the tuner's timer sees it; infinite if a kernel
+            does not fit.
         limit: the limit of the device that the kernels break, so that they do not run or spill; None if they run.
     """
 
@@ -61,15 +66,13 @@ def predict(
     """
     require_rates(device)
     work = workload(spec, config)
-    launched = {launch.kernel for launch in work.launches}
-    for number in sorted(launched):
-        if limit := broken_limit(kernels[number], device):
-            return Prediction(float("inf"), limit)
+    limit = next(filter(None, (broken_limit(kernels[n], device) for n in {x.kernel for x in work.launches})), None)
     clocks = sum(launch.count * _clocks(launch, kernels[launch.kernel], device, constants) for launch in work.launches)
     seconds = clocks / (device.clock_ghz * 1e9)
     seconds = max(seconds, work.bytes / (constants.dram * device.bandwidth_gbs * 1e9))
-    seconds += 1e-6 * constants.launch_us * _launches(work)
-    return Prediction(1e3 * seconds)
+    launches = sum(launch.count for launch in work.launches)
+    device_ms = 1e3 * seconds + 1e-3 * constants.launch_us * launches
+    return Prediction(max(device_ms, 1e-3 * constants.host_us * launches - HEAD_START_MS), limit)
 
 
 def require_rates(device: DeviceInfo) -> None:
@@ -142,6 +145,8 @@ def loops_of_passes(kernel: KernelFeatures, passes: int) -> list[tuple[LoopMix, 
 
 def _clocks(launch: Launch, kernel: KernelFeatures, device: DeviceInfo, constants: Efficiency) -> float:
     resident = blocks_per_sm(kernel.registers, kernel.shared, kernel.num_warps, device)
+    if not resident:
+        return float("inf")
     if not launch.passes:
         durations = np.full(1, constants.block + constants.cpi * kernel.issue)
         return makespan(durations, launch.copies, resident * device.sms)
@@ -154,10 +159,6 @@ def _clocks(launch: Launch, kernel: KernelFeatures, device: DeviceInfo, constant
         durations += work.turns * turn_clocks(hot, *arguments) + work.masked * turn_clocks(masked, *arguments)
         durations += work.updates * constants.update * work.rows * work.columns / threads
     return makespan(durations, launch.copies, resident * device.sms)
-
-
-def _launches(work: Workload) -> float:
-    return sum(launch.count for launch in work.launches)
 
 
 def _overlapped(clocks: Sequence[float], exponent: float) -> float:

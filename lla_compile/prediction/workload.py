@@ -79,6 +79,7 @@ def iterations(visible_keys: float, head_dim: int, ridge: float, tolerance: floa
     return 1.0 + math.log(2 / tolerance) / math.log(rate)
 
 
+@lru_cache(maxsize=1024)
 def workload(spec: LLASpec, config: KernelConfig) -> Workload:
     """The launches of a plan, in order.
 
@@ -92,18 +93,24 @@ def workload(spec: LLASpec, config: KernelConfig) -> Workload:
     program = lower(spec.op, spec.phase)
     program = program.wanting(program.ordinary)
     launches: list[Launch] = []
-    for kernel, stages in enumerate(_kernels(program, config)):
+    for kernel, stages in enumerate(_kernels(program, spec, config)):
         launches += _launches(kernel, stages, program, spec, config)
     return Workload(tuple(launches), _bytes(spec, program))
 
 
-def _kernels(program: SweepList, config: KernelConfig) -> list[tuple[Stage, ...]]:
+def _kernels(program: SweepList, spec: LLASpec, config: KernelConfig) -> list[tuple[Stage, ...]]:
     """The stages of each kernel: all that hold rows share one in `fused`, the others have their own."""
     if config.schedule == "split":
         return [(stage,) for stage in program.stages]
-    rows = tuple(stage for stage in program.stages if sweep_of(stage).holds == "rows")
+    rows = tuple(s for s in program.stages if sweep_of(s).holds == "rows" and not _is_left_out(s, program, spec))
     keys = [(stage,) for stage in program.stages if sweep_of(stage).holds == "keys"]
     return [rows, *keys] if rows else keys
+
+
+def _is_left_out(stage: Stage, program: SweepList, spec: LLASpec) -> bool:
+    """Whether a loop never turns: the coarse one does all where operands are one term anyway."""
+    one_term = split_terms(spec.dtype, spec.precision) == 1
+    return isinstance(stage, Loop) and not stage.coarse and program.refines and one_term
 
 
 def _launches(
@@ -119,9 +126,8 @@ def _launches(
     turns, masked, seen = _key_tiles(spec, config.block_q, config.block_k)
     loops = _turns_of_loops(program, spec, seen)
     copies = spec.batch * spec.num_heads
-    refines = split_terms(spec.dtype, spec.precision) > 1
     if config.schedule == "split" and isinstance(stages[0], Loop):
-        if program.refines and not stages[0].coarse and not refines:
+        if _is_left_out(stages[0], program, spec):
             return []
         return _split_loop(kernel, stages[0], loops[stages[0].coarse], copies, turns, masked, program, spec, config)
     passes = []
@@ -235,6 +241,8 @@ def _decoding(spec: LLASpec, config: KernelConfig) -> Workload:
     masked = np.array([float(keys % config.block_k > 0)])
     passes = []
     for stage in program.stages:
+        if _is_left_out(stage, program, spec):
+            continue
         times = loops[stage.coarse] if isinstance(stage, Loop) else np.ones(1)
         flops = _flops(program, stage, spec, config)
         passes.append(Pass(turns * times, masked * times, times, flops, config.block_q, spec.head_dim))

@@ -11,18 +11,20 @@ import optuna
 
 from lla_compile.key import key_of
 from lla_compile.plans import KernelConfig
+from lla_compile.prediction import efficiency
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.compile_pool import CompilePool
 from lla_compile.tuner.evaluate import Evaluator
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost
+from lla_compile.tuner.predictor import Predictor, comparable
 from lla_compile.tuner.presets import Preset
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.search import Budget, Search, evaluated, failures, ranked
 from lla_compile.tuner.space import SearchSpace, usable_backends
 from lla_compile.tuner.study import Decision, Record, TuningStudy, study_name
-from lla_compile.tuner.toolchain import toolchain
-from lla_compile.tuner.writer import make_entry, neighbours, write
+from lla_compile.tuner.toolchain import compilers, toolchain
+from lla_compile.tuner.writer import make_entry, make_predicted_entry, neighbours, write
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Settings:
         interruption: ends a search between two records.
         backends: names of the backends searched; empty leaves it to the device.
         pool: compiles ahead of timing; None leaves compilation to the first launch.
+        features: where features of compiled kernels are kept if times are predicted; None measures them.
     """
 
     preset: Preset
@@ -48,6 +51,7 @@ class Settings:
     interruption: Interruption
     backends: tuple[str, ...] = ()
     pool: CompilePool | None = None
+    features: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,14 @@ def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResul
     space = SearchSpace.joint(
         problem.spec, problem.device, usable_backends(problem.spec, problem.device, settings.backends)
     )
-    base = _study_base(problem, space, settings.seed)
+    predicted = settings.features is not None
+    if predicted:
+        space = comparable(space)
+    base = _study_base(problem, space, settings.seed, predicted)
     name = study_name(settings.storage, base, settings.resume)
     study = TuningStudy(settings.storage, name, space, settings.seed)
     watcher.begin(problem.spec, preset.trials, evaluated(study.records()))
-    evaluator = Evaluator(problem, space.backends, preset)
+    evaluator = Predictor(problem, settings.features) if predicted else Evaluator(problem, space.backends, preset)
     compiler, lookahead = None, 1
     if settings.pool is not None:
         compiler, lookahead = settings.pool.compiler(evaluator.specs()), preset.lookahead
@@ -117,7 +124,8 @@ def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResul
         problem.spec, trials=evaluated(records), failed=failures(records), note="no configuration is correct"
     )
     if decision is not None:
-        write(problem, make_entry(problem, space, decision, records, settings.seed), settings.path)
+        make = make_predicted_entry if predicted else make_entry
+        write(problem, make(problem, space, decision, records, settings.seed), settings.path)
         result = replace(result, config=decision.config, decision=decision, note="")
     watcher.end(result)
     return result
@@ -135,9 +143,10 @@ def _unfinished(spec: LLASpec, records: Sequence[Record], error: BaseException) 
     )
 
 
-def _study_base(problem: Problem, space: SearchSpace, seed: int) -> str:
-    """What makes two searches the same one: device, key, sizes, kernels and toolchain, seed."""
+def _study_base(problem: Problem, space: SearchSpace, seed: int, predicted: bool) -> str:
+    """What makes two searches the same one: device, key, sizes, kernels and toolchain or compilers and model, seed."""
     spec = problem.spec
     sizes = f"N{spec.seqlen_k} BH{spec.batch_heads}"
-    digest = space.digest(toolchain(problem.torch_device.type))
+    versions = compilers() | {"model": str(efficiency.VERSION)} if predicted else toolchain(problem.torch_device.type)
+    digest = space.digest(versions)
     return f"{problem.device.id}/{key_of(spec).describe()}/{sizes}/{digest}/seed{seed}"

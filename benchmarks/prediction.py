@@ -1,0 +1,238 @@
+"""How well predicted times rank measured trials, and the fit of the model's constants to them.
+
+    python -m benchmarks.prediction                    evaluate; needs no compiler
+    python -m benchmarks.prediction --fit              fit the constants anew and print them
+    python -m benchmarks.prediction --compile          first compile what is not in features.json (minutes to hours)
+
+Held out: trials are split into families of a phase, width and tier, which share their compiled kernels. The constants
+with which a family is predicted are fitted to the other families of its phase alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Iterable, Sequence
+
+import numpy as np
+
+from benchmarks.report import RESULTS
+from benchmarks.trials import read_trials, spec_of
+from lla_compile import backends
+from lla_compile.devices import DeviceInfo, resolve
+from lla_compile.plans import KernelConfig
+from lla_compile.prediction import efficiency
+from lla_compile.prediction.efficiency import Efficiency
+from lla_compile.prediction.library import Features, Library, identity_of
+from lla_compile.prediction.model import predict
+from lla_compile.spec import LLASpec
+
+DEVICE = "nvidia-h200"
+TRIALS = ("trials-forward-bfloat16.jsonl", "trials-backward-bfloat16.jsonl", "trials-decode-bfloat16.jsonl")
+_FIT_STEPS = 400
+_SEED = 0
+# Factors are drawn around 1 with this deviation of their logarithm, to begin with.
+_STEP = 0.3
+# Weight of the absolute time beside that of the order within a key.
+_ABSOLUTE = 0.2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A measured configuration whose kernels have been read."""
+
+    key: tuple
+    family: tuple
+    spec: LLASpec
+    config: KernelConfig
+    features: Features
+    median_ms: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, and on request compile and fit."""
+    args = _parser().parse_args(argv)
+    device, folder = resolve(DEVICE), args.results / DEVICE
+    library = Library()
+    if (path := folder / "features.json").exists():
+        library.load(path)
+    if args.compile:
+        _compile(folder, library, device, path)
+    trials, left_out = load(folder, library, device)
+    print(f"{len(trials)} trials of {len({t.key for t in trials})} keys, {left_out} without features")
+    constants = efficiency.DEFAULT
+    if args.fit:
+        constants = fit(trials, device, efficiency.DEFAULT)
+        print(constants)
+    report = {
+        "device": DEVICE,
+        "model_version": efficiency.VERSION,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "held_out": "each family (phase, head_dim, precision) with constants fitted to its phase's other families",
+        "left_out": left_out,
+        "constants": asdict(constants),
+        "phases": {},
+    }
+    for phase in dict.fromkeys(t.family[0] for t in trials):
+        own = [t for t in trials if t.family[0] == phase]
+        scores = {"fitted to all": score(own, times(own, device, constants), device)}
+        if args.fit:
+            scores["held out"] = score(own, held_out_times(own, trials, device), device)
+        report["phases"][phase] = scores
+        for name, values in scores.items():
+            summary = {k: v for k, v in values.items() if k != "keys"}
+            print(phase, name, json.dumps(summary))
+    if args.fit:
+        (folder / "prediction.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(f"written to {folder / 'prediction.json'}")
+    return 0
+
+
+def load(folder: Path, library: Library, device: DeviceInfo) -> tuple[list[Trial], int]:
+    """The correct trials whose kernels are in the library, and how many are not."""
+    trials, left_out = [], 0
+    for spec, config, record in _records(folder):
+        identity = identity_of(spec, config, device)
+        if identity not in library:
+            left_out += 1
+            continue
+        key = (record["key"], record["seqlen"], record["batch_heads"])
+        family = (spec.phase, spec.head_dim, spec.precision)
+        trials.append(Trial(key, family, spec, config, library[identity], record["median_ms"]))
+    return trials, left_out
+
+
+def times(trials: Iterable[Trial], device: DeviceInfo, constants: Efficiency) -> np.ndarray:
+    """Predicted milliseconds; infinite where the prediction is that a limit of the device is broken."""
+    predictions = [predict(t.spec, t.config, device, t.features, constants) for t in trials]
+    return np.array([math.inf if p.limit else p.milliseconds for p in predictions])
+
+
+def held_out_times(own: Sequence[Trial], trials: Sequence[Trial], device: DeviceInfo) -> np.ndarray:
+    """Predictions of each family with constants that have not seen it."""
+    predicted = np.zeros(len(own))
+    for family in dict.fromkeys(t.family for t in own):
+        others = [t for t in trials if t.family != family and t.family[0] == family[0]]
+        constants = fit(others, device, efficiency.DEFAULT)
+        inside = [i for i, t in enumerate(own) if t.family == family]
+        predicted[inside] = times([own[i] for i in inside], device, constants)
+    return predicted
+
+
+def fit(trials: Sequence[Trial], device: DeviceInfo, start: Efficiency, steps: int = _FIT_STEPS) -> Efficiency:
+    """Constants near ``start`` with the least loss: one random step after another, kept if it is better."""
+    generator = np.random.default_rng(_SEED)
+    names = [f.name for f in fields(Efficiency)]
+    best, best_loss, step = start, loss(trials, device, start), _STEP
+    for _ in range(steps):
+        chosen = generator.random(len(names)) < 0.35
+        factors = np.exp(step * generator.standard_normal(len(names)) * chosen)
+        drawn = replace(best, **{n: float(getattr(best, n) * f) for n, f in zip(names, factors)})
+        if (found := loss(trials, device, drawn)) < best_loss:
+            best, best_loss, step = drawn, found, min(step * 1.3, 0.6)
+        else:
+            step = max(step * 0.97, 0.03)
+    return best
+
+
+def loss(trials: Sequence[Trial], device: DeviceInfo, constants: Efficiency) -> float:
+    """Mean square of the logarithmic error, most of it within keys; fast configurations count the most."""
+    predicted = np.array([predict(t.spec, t.config, device, t.features, constants).milliseconds for t in trials])
+    measured = np.array([t.median_ms for t in trials])
+    errors, total = np.log(predicted / measured), 0.0
+    for inside in _by_key(trials):
+        weights = measured[inside].min() / measured[inside]
+        weights /= weights.sum()
+        mean = float(weights @ errors[inside])
+        total += float(weights @ (errors[inside] - mean) ** 2) + _ABSOLUTE * mean**2
+    return total / len(_by_key(trials))
+
+
+def score(trials: Sequence[Trial], predicted: np.ndarray, device: DeviceInfo) -> dict:
+    """Rank correlations, and times of the model's and the heuristic's choices over the best of each key."""
+    measured, keys = np.array([t.median_ms for t in trials]), []
+    for inside in _by_key(trials):
+        own, best = [trials[i] for i in inside], measured[inside].min()
+        choice = predicted[inside] == predicted[inside].min()  # fused plans that differ in their cap are one to it
+        default = backends.get("triton").default_config(own[0].spec, device)
+        at_default = [t.median_ms for t in own if t.config == default]
+        keys.append(
+            {
+                "key": " ".join(map(str, own[0].key)),
+                "trials": len(own),
+                "spearman": _rounded(spearman(predicted[inside], measured[inside])),
+                "regret": _rounded(float(measured[inside][choice].mean() / best)),
+                "default_regret": _rounded(at_default[0] / best) if at_default else None,
+            }
+        )
+    finite = np.isfinite(predicted)
+    defaults = [k["default_regret"] for k in keys if k["default_regret"] is not None]
+    return {
+        "trials": len(trials),
+        "refused": int((~finite).sum()),
+        "spearman": _rounded(spearman(predicted, measured)),
+        "mean_spearman_within_keys": _rounded(float(np.mean([k["spearman"] for k in keys]))),
+        "least_spearman_within_keys": min(k["spearman"] for k in keys),
+        "mean_regret": _rounded(float(np.mean([k["regret"] for k in keys]))),
+        "worst_regret": max(k["regret"] for k in keys),
+        "mean_default_regret": _rounded(float(np.mean(defaults))) if defaults else None,
+        "worst_default_regret": max(defaults, default=None),
+        "median_ratio_to_measured": _rounded(float(np.median(predicted[finite] / measured[finite]))),
+        "keys": keys,
+    }
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of ranks, equal values sharing the mean of theirs."""
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def _by_key(trials: Sequence[Trial]) -> list[list[int]]:
+    places: dict[tuple, list[int]] = {}
+    for place, trial in enumerate(trials):
+        places.setdefault(trial.key, []).append(place)
+    return list(places.values())
+
+
+def _records(folder: Path):
+    """Spec, configuration and record of every correct trial."""
+    files = [folder / name for name in TRIALS]
+    for record in itertools.chain.from_iterable(read_trials(path) for path in files if path.exists()):
+        if record["kind"] == "ok":
+            yield spec_of(record), KernelConfig.from_dict(record["plan"]), record
+
+
+def _compile(folder: Path, library: Library, device: DeviceInfo, path: Path) -> None:
+    for spec, config, _ in _records(folder):
+        if (identity := identity_of(spec, config, device)) not in library:
+            start = time.perf_counter()
+            library.features(spec, config, device)
+            print(f"{time.perf_counter() - start:.1f} s: {identity}", flush=True)
+            library.save(path)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.prediction", description=__doc__.splitlines()[0])
+    parser.add_argument("--compile", action="store_true", help="compile the kernels that features.json lacks")
+    parser.add_argument("--fit", action="store_true", help="fit the constants and write prediction.json")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
