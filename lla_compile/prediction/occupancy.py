@@ -47,10 +47,15 @@ def makespan(durations: np.ndarray, copies: int, slots: int) -> float:
     if durations.size * copies > _BALANCED * slots:
         return max(total / slots + float(durations.mean()) / 2, float(durations.max()))
     free = np.zeros(slots)
-    for duration in durations:
-        waves, rest = divmod(copies, slots)
-        free += waves * duration
-        if rest:
-            first = np.argpartition(free, rest - 1)[:rest]
-            free[first] += duration
+    for duration in durations[durations > 0]:
+        left = copies
+        while left:
+            # None of these slots is free for a second block before each has had its first.
+            together = int((free < free.min() + duration).sum())
+            count = min(left, together)
+            if count < slots:
+                free[np.argpartition(free, count - 1)[:count]] += duration
+            else:
+                free += duration
+            left -= count
     return float(free.max())

@@ -123,7 +123,7 @@ _CPU_QUICK = Preset(
 
 # Nothing is timed: a trial is a compilation of ten seconds or more, and few in flight let each learn from the others.
 _PREDICTION_FULL = replace(_GPU_FULL, trials=40, timeout_s=1800, lookahead=4)
-_PREDICTION_QUICK = replace(_GPU_QUICK, timeout_s=75, lookahead=3)
+_PREDICTION_QUICK = replace(_GPU_QUICK, timeout_s=90, lookahead=3)
 
 PRESETS = {
     ("full", "prediction"): _PREDICTION_FULL,
