@@ -25,7 +25,8 @@ class Entry:
         config: the winner.
         provenance: "measured" on the device, or "predicted" by a model.
         result: median_ms, spread, default_ms (the heuristic default in the same run), error, error_limit; where
-            nothing was measured predicted_ms and predicted_default_ms instead of all these; and where a decoding plan reads the cache once, ``streaming``: plan, median_ms, iterations and kernel_hash of the best
+            nothing was measured predicted_ms and predicted_default_ms instead of all these; and where a decoding plan
+            reads the cache once, ``streaming``: plan, median_ms, iterations and kernel_hash of the best
             that reads it once an iteration.
         search: trials, failed, seed, date (ISO 8601, UTC), kernel_hash, and where times were predicted model_version.
         toolchain: versions that it was tuned with; written once a file where its entries agree.
@@ -143,7 +144,8 @@ def newer(old: Entry, new: Entry) -> Entry:
 def better(a: Entry, b: Entry) -> Entry:
     """Which of two entries for one slot a merge keeps: measured before predicted, then the faster, then the newer.
 
-    Of two predictions it is that of the newer model, whatever the times. The choice does not depend on the order of the arguments.
+    Of two predictions it is that of the newer model, whatever the times. The choice does not depend on the order of the
+    arguments.
     """
     a, b = sorted((a, b), key=lambda e: json.dumps([e.to_dict(), e.toolchain], sort_keys=True))
     if a.measured != b.measured:

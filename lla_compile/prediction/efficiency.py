@@ -1,4 +1,4 @@
-"""The constants of the model that no data sheet has: fitted to measured trials by ``python -m benchmarks.prediction``."""
+"""The model's constants that no data sheet has: fitted to measured trials by ``python -m benchmarks.prediction``."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ _REGISTERS_OF_A_WARP = 256  # are handed out in units of so many
 _SYSTEM_SHARED_BYTES = 1024  # of every block, from compute capability 8.0 on
 
 # A grid of so many times the blocks that run at once is balanced: its end hardly shows.
-_BALANCED = 8
+_BALANCED = 4
 
 
 def blocks_per_sm(registers: int, shared: int, num_warps: int, device: DeviceInfo) -> int:

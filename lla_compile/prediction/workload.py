@@ -179,8 +179,9 @@ def _key_tiles_of(
         first = -(-seen.full_start // block_k) * block_k
         last = max(seen.full_stop // block_k * block_k, first)
         masked = -(-(seen.stop - last) // block_k) + max(first - seen.start // block_k * block_k, 0) // block_k
-        rows = (seen.full_start - seen.start) / 2 + (seen.full_stop - seen.full_start) + (seen.stop - seen.full_stop) / 2
-        counts.append(((last - first) // block_k, max(masked, 0), rows))
+        by_some = seen.full_start - seen.start + seen.stop - seen.full_stop
+        by_each = seen.full_stop - seen.full_start + by_some / 2
+        counts.append(((last - first) // block_k, max(masked, 0), by_each))
     return tuple(np.array(column, dtype=float) for column in zip(*counts))
 
 
@@ -258,7 +259,7 @@ def _gram(spec: LLASpec, config: KernelConfig, keys: int) -> tuple[Launch, ...]:
     flops = 2.0 * config.block_k * (config.block_d * (width + width_v) + width)
     turns = np.array([part // config.block_k], dtype=float)
     masked = np.array([float(part % config.block_k > 0)])
-    one = np.ones(1)
-    launches = [Launch(0, queries * config.num_splits * blocks, (Pass(turns, masked, one, flops, config.block_d, width + width_v),))]
+    covariances = Pass(turns, masked, np.ones(1), flops, config.block_d, width + width_v)
+    launches = [Launch(0, queries * config.num_splits * blocks, (covariances,))]
     launches += [Launch(kernel, queries) for kernel in range(1, 3 if config.num_splits > 1 else 2)]
     return tuple(launches)
