@@ -8,7 +8,7 @@ import pytest
 
 from lla_compile.devices import identify_properties, known_devices, resolve
 from lla_compile.plans import KernelConfig
-from lla_compile.prediction.efficiency import DEFAULT
+from lla_compile.prediction.efficiency import START
 from lla_compile.prediction.features import KernelFeatures, LoopMix
 from lla_compile.prediction.model import Unpredictable, loops_of_passes, predict, turn_clocks
 from lla_compile.prediction.occupancy import blocks_per_sm, makespan
@@ -144,13 +144,15 @@ def test_a_part_of_a_cache_is_a_block():
     spec = LLASpec.decoding("bfloat16", 64, 4096, 8, 64, group_size=1, is_causal=True, precision="fast")
     config = KernelConfig("triton", "gram", 1, 64, 256, 4, 3, num_splits=16, block_d=64)
     gram, merge, solve = workload(spec, config).launches
+    part = 16 + 3 * 64 + 64 * 128
+    assert merge.copies == 8 * math.ceil(part / 512) and solve.copies == 8 and merge.bytes == 17 * 8 * 4 * part
     assert gram.copies == 8 * 16 and gram.passes[0].turns.tolist() == [4] and not merge.passes and not solve.passes
     assert workload(spec, config).bytes == 8 * 4096 * 128 * 2
 
 
 def test_each_term_makes_a_turn_longer():
     def clocks(resident=1, device=H200, **fields):
-        return turn_clocks(loop(**fields), 4, resident, 1e6, device, DEFAULT)
+        return turn_clocks(loop(**fields), 4, resident, 1e6, device, START)
 
     base = clocks()
     for term in ({"issue": 400}, {"special": 300}, {"waits": 12}, {"barriers": 20}, {"shared_bytes": 60_000},

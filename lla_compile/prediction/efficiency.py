@@ -27,6 +27,7 @@ class Efficiency:
         overlap: exponent p in (sum of t_i^p)^(1/p) over what may overlap: 1 adds up, infinity is the maximum.
         update: clocks of a sweep's prologue and epilogue for each element of the row state that a thread has.
         block: clocks that a block takes beside its loops.
+        straight: clocks of an instruction in kernels without tile products, loops over vectors included.
         launch_us: of the device for each launch.
         host_us: of the host for each launch.
     """
@@ -45,8 +46,12 @@ class Efficiency:
     overlap: float = 2.5
     update: float = 20.0
     block: float = 3000.0
+    straight: float = 10.0
     launch_us: float = 3.0
     host_us: float = 22.0
 
 
-DEFAULT = Efficiency()
+# Where a fit begins: what profiles of single kernels suggest.
+START = Efficiency()
+
+BY_PHASE = {"forward": START, "backward": START, "decode": START}

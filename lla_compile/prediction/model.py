@@ -52,24 +52,26 @@ def predict(
     config: KernelConfig,
     device: DeviceInfo,
     kernels: Sequence[KernelFeatures],
-    constants: Efficiency = efficiency.DEFAULT,
+    constants: Efficiency | None = None,
 ) -> Prediction:
     """The time of an ordinary call with standard normal inputs.
 
     Args:
         spec, config, device: the plan.
         kernels: what it compiles to, in launch order.
-        constants: of the model.
+        constants: of the model; None takes those of the phase.
 
     Raises:
         Unpredictable: figures of the device are missing, or a kernel is not laid out as the workload says.
     """
     require_rates(device)
+    constants = constants or efficiency.BY_PHASE[spec.phase]
     work = workload(spec, config)
     limit = next(filter(None, (broken_limit(kernels[n], device) for n in {x.kernel for x in work.launches})), None)
     clocks = sum(launch.count * _clocks(launch, kernels[launch.kernel], device, constants) for launch in work.launches)
-    seconds = clocks / (device.clock_ghz * 1e9)
-    seconds = max(seconds, work.bytes / (constants.dram * device.bandwidth_gbs * 1e9))
+    bandwidth = constants.dram * device.bandwidth_gbs * 1e9
+    seconds = max(clocks / (device.clock_ghz * 1e9), work.bytes / bandwidth)
+    seconds += sum(launch.bytes for launch in work.launches) / bandwidth
     launches = sum(launch.count for launch in work.launches)
     device_ms = 1e3 * seconds + 1e-3 * constants.launch_us * launches
     return Prediction(max(device_ms, 1e-3 * constants.host_us * launches - HEAD_START_MS), limit)
@@ -148,7 +150,7 @@ def _clocks(launch: Launch, kernel: KernelFeatures, device: DeviceInfo, constant
     if not resident:
         return float("inf")
     if not launch.passes:
-        durations = np.full(1, constants.block + constants.cpi * kernel.issue)
+        durations = np.full(1, constants.block + constants.straight * kernel.issue)
         return makespan(durations, launch.copies, resident * device.sms)
     blocks = len(launch.passes[0].turns) * launch.copies
     resident = max(1, min(resident, -(-blocks // device.sms)))

@@ -19,6 +19,9 @@ from lla_compile.sweeps import Loop, Stage, SweepList, sweep_of
 # Times are predicted for the ridge that they are measured at, and for keys and queries that are standard normal.
 RIDGE = 1.0
 
+# Numbers of a state that a block of the merge holds.
+_MERGED_TOGETHER = 512
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -49,12 +52,14 @@ class Launch:
         copies: blocks for each entry of the passes' arrays.
         passes: the sweeps of a block; empty where the kernel does no sweep.
         count: launches alike.
+        bytes: of intermediate results that it writes and reads.
     """
 
     kernel: int
     copies: int
     passes: tuple[Pass, ...] = ()
     count: float = 1.0
+    bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,9 @@ def _gram(spec: LLASpec, config: KernelConfig, keys: int) -> tuple[Launch, ...]:
     turns = np.array([part // config.block_k], dtype=float)
     masked = np.array([float(part % config.block_k > 0)])
     covariances = Pass(turns, masked, np.ones(1), flops, config.block_d, width + width_v)
-    launches = [Launch(0, queries * config.num_splits * blocks, (covariances,))]
-    launches += [Launch(kernel, queries) for kernel in range(1, 3 if config.num_splits > 1 else 2)]
-    return tuple(launches)
+    state = 4 * queries * (16 + 2 * width + width_v + width * (width + width_v))  # float32 numbers that a part leaves
+    launches = [Launch(0, queries * config.num_splits * blocks, (covariances,), bytes=state * config.num_splits)]
+    if config.num_splits > 1:
+        tiles = -(-state // (4 * queries * _MERGED_TOGETHER))
+        launches.append(Launch(1, queries * tiles, bytes=state * (config.num_splits + 1)))
+    return (*launches, Launch(len(launches), queries, bytes=state))
