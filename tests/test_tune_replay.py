@@ -21,17 +21,22 @@ def search(recording: Recording, seed: int, trials: int) -> Search:
     return Search(study, space, Replay(recording), Budget(trials, time.monotonic() + 600, finalists=3))
 
 
-@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_sixty_trials_come_within_five_percent_of_the_best(path):
+@pytest.mark.parametrize(("path", "above"), [(path, 1.01 if "predicted" in path.stem else 1.05) for path in SPACES])
+def test_sixty_trials_come_near_the_best_wherever_they_begin(path, above):
+    """From the slowest configuration in place of the heuristic default, which may be as good as the best. One per cent
+    where the model has made the space: two configurations of 192."""
     recording = Recording.load(path)
     assert len(recording.outcomes) > 120
+    correct = [config for config, outcome in recording.outcomes.items() if outcome.ok]
+    slowest = max(correct, key=lambda config: recording.outcomes[config].median_ms)
+    recording = replace(recording, default=slowest)
     found = 0
     with quiet_optuna():
         for seed in range(20):
             replayed = search(recording, seed, 60)
             decision = replayed.run()
             assert evaluated(replayed.records) == 60
-            found += decision.outcome.median_ms <= 1.05 * recording.best_ms
+            found += decision.outcome.median_ms <= above * recording.best_ms
     assert found >= 18
 
 

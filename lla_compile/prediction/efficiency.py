@@ -62,5 +62,9 @@ BY_PHASE = {
         launch_us=6.44, host_us=19.36,
     ),
     "backward": START,
-    "decode": START,
+    "decode": Efficiency(
+        tensor=0.9686, legacy_tensor=0.5833, issue=1.0, shared=0.9859, l2_bytes=56.0, dram=1.0, cpi=2.092, wait=57.15,
+        barrier=2.262, load=170.9, local=2.974, overlap=4.863, update=10.1, block=1929.0, straight=9.294,
+        launch_us=3.42, host_us=27.19,
+    ),
 }  # fmt: skip
