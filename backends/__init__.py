@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import lru_cache
-from typing import TYPE_CHECKING, Mapping, Protocol
+from typing import TYPE_CHECKING, Mapping, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,15 @@ class Executable(Protocol):
         """
 
 
+class Binary(NamedTuple):
+    """A compiled kernel: its name, the warps and the bytes of shared memory of a block, and its cubin."""
+
+    name: str
+    num_warps: int
+    shared: int
+    cubin: bytes
+
+
 class Backend(Protocol):
     """What the planner, the tuner and dispatch ask of a backend. All answers are cheap and need no device."""
 
@@ -76,6 +85,12 @@ class Backend(Protocol):
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         """Compile into the backend's cache; callable from any process. Raises CompileError."""
+
+    def binaries(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> list[Binary]:
+        """The machine code of an ordinary call's kernels, in launch order, for a device that need not be there.
+
+        Empty if the backend compiles none. Raises CompileError.
+        """
 
     def bind(self, plan: Plan) -> Executable:
         """Compile (or load) the plan's kernels and return what launches them."""

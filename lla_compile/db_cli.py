@@ -152,8 +152,8 @@ def _key_filters(items: list[str]) -> dict:
 
 
 def _cells(entry: Entry) -> tuple[str, ...]:
-    def number(name: str, form: str) -> str:
-        value = entry.result.get(name)
+    def number(form: str, *names: str) -> str:
+        value = next((entry.result[name] for name in names if name in entry.result), None)
         return "" if value is None else format(value, form)
 
     return (
@@ -161,9 +161,9 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         str(entry.tuned.seqlen),
         str(entry.tuned.batch_heads),
         short(entry.config),
-        number("median_ms", ".4g"),
-        number("default_ms", ".4g"),
-        number("error", ".1e"),
+        number(".4g", "median_ms", "predicted_ms"),
+        number(".4g", "default_ms", "predicted_default_ms"),
+        number(".1e", "error"),
         entry.date[:10],
         f"{entry.provenance}, best of {len(entry.origins)}" if entry.origins else entry.provenance,
     )

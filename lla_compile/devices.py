@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 # Shared memory of a block and registers of a multiprocessor that every CUDA device since 5.0 has.
 _LEAST_SHARED_MEMORY = 48 * 1024
 _LEAST_REGISTERS = 65536
+# What the prediction of times needs beside limits and peaks, by architecture unless a product has its own.
+_RATES = ("warps_per_sm", "blocks_per_sm", "special_per_clock", "tensor_flops_per_clock")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class DeviceInfo:
         l2_bytes: second-level cache.
         bandwidth_gbs: peak device memory bandwidth, 1e9 bytes/s.
         tensor_tflops: peak dense bf16 rate with float32 accumulation, 1e12 flop/s.
+        tensor_flops_per_clock: the same of one multiprocessor in one clock.
+        special_per_clock: special functions of one multiprocessor in one clock.
+        warps_per_sm, blocks_per_sm: most that are resident on one multiprocessor.
     """
 
     id: str
@@ -47,10 +52,20 @@ class DeviceInfo:
     l2_bytes: int
     bandwidth_gbs: float
     tensor_tflops: float
+    tensor_flops_per_clock: int = 0
+    special_per_clock: int = 0
+    warps_per_sm: int = 0
+    blocks_per_sm: int = 0
 
     @property
     def is_cpu(self) -> bool:
         return self.vendor == "cpu"
+
+    @property
+    def clock_ghz(self) -> float:
+        """The clock at which the data sheet quotes the tensor cores' peak; 0 where that is not known."""
+        per_clock = self.sms * self.tensor_flops_per_clock
+        return 1e3 * self.tensor_tflops / per_clock if per_clock else 0.0
 
 
 @dataclass(frozen=True)
@@ -222,7 +237,7 @@ def _catalogue() -> tuple[tuple[_Product, ...], dict[str, dict[str, int]]]:
         capability: {
             "shared_memory_per_block": limits["shared_memory_per_block_kib"] * 1024,
             "shared_memory_per_sm": limits["shared_memory_per_sm_kib"] * 1024,
-            "registers_per_sm": limits["registers_per_sm"],
+            **{name: limits[name] for name in ("registers_per_sm", *_RATES)},
         }
         for capability, limits in listed["architectures"].items()
     }
@@ -243,7 +258,7 @@ def _product(entry: dict, architectures: dict[str, dict[str, int]]) -> _Product:
             l2_bytes=int(entry["l2_mib"] * 2**20),
             bandwidth_gbs=float(entry["bandwidth_gbs"]),
             tensor_tflops=float(entry["tensor_tflops"]),
-            **architectures[entry["compute_capability"]],
+            **architectures[entry["compute_capability"]] | {name: entry[name] for name in _RATES if name in entry},
         )
     patterns = tuple(re.compile(pattern, re.IGNORECASE) for pattern in entry["driver_names"])
     return _Product(info, tuple(entry["aliases"]), patterns)

@@ -90,7 +90,10 @@ def _find_device(name: str) -> tuple[DeviceInfo, torch.device]:
     # Imported only here: a doctor that needs optuna could not say that it is missing.
     from lla_compile.tune import find_device
 
-    return find_device(name)
+    info, device = find_device(name)
+    if device is None:
+        raise ValueError(f"--gpu {name}: there is no {info.id} in this machine")
+    return info, device
 
 
 def _device(info: DeviceInfo, device: torch.device) -> dict:

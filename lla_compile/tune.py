@@ -6,6 +6,9 @@
     python -m lla_compile.tune --phase decode --head-dim 128 --seqlen 16384 --batch-heads 8 256 --group 1 4 8
     python -m lla_compile.tune --verify --phase decode
     python -m lla_compile.tune --devices all --storage postgresql+psycopg://tuner@db/studies --resume
+
+For a GPU that is not in this machine times are predicted: every configuration is compiled for it, and a model of the
+device ranks what the machine code says.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Sequence
@@ -22,6 +26,7 @@ import torch
 
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo, identify, resolve
+from lla_compile.prediction.model import require_rates
 from lla_compile.spec import DTYPES, PHASES, PRECISIONS, LLASpec
 from lla_compile.tuner import fleet, verify
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
@@ -29,12 +34,14 @@ from lla_compile.tuner.evaluate import synchronize
 from lla_compile.tuner.grid import Grid
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost, one_line
+from lla_compile.tuner.predictor import ahead
 from lla_compile.tuner.presets import PRESETS, Preset
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.progress import ProgressReport, make_console, print_results
-from lla_compile.tuner.session import KeyResult, Settings, begin_key, tune_key
+from lla_compile.tuner.session import KeyResult, Settings, Watcher, begin_key, tune_key
 from lla_compile.tuner.storage import open_storage
 from lla_compile.tuner.study import quiet_optuna
+from lla_compile.tuner.trials_file import TrialsFile
 from lla_compile.tuner.writer import out_file, require_writable
 from lla_compile.tuning_db import DatabaseError, Entry
 
@@ -54,14 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.verify and args.devices:
             raise ValueError("--devices is for searches; entries are verified on one device: choose it with --gpu")
         info, devices = find_devices(args.gpu, args.devices)
-        preset = _preset(args, info)
+        predicts = not devices
+        if predicts and args.verify:
+            raise ValueError(f"--verify measures, and {info.id} is not in this machine; choose one that is with --gpu")
+        preset = _preset(args, info, predicts)
+        if predicts:
+            require_rates(info)
         entries = _entries(args, info) if args.verify else ()
         specs = [entry.spec() for entry in entries] or _specs(args, preset)
         path = out_file(args.out, info.id)
         require_writable(path, info)
         with quiet_optuna():
             storage = open_storage(args.storage)
-            problems = [Problem(spec, info, devices[0]) for spec in specs]
+            problems = [Problem(spec, info, devices[0] if devices else torch.device("cpu")) for spec in specs]
             named = tuple(args.backend or ())
             with contextlib.ExitStack() as stack:
                 interruption = stack.enter_context(Interruption())
@@ -69,28 +81,34 @@ def main(argv: Sequence[str] | None = None) -> int:
                     task = fleet.Task(tuple(specs), info, preset, args.seed, named, args.storage, path)
                     if not _explore(problems, task, devices, storage, interruption, args.resume):
                         return EXIT_INTERRUPTED
-                pool = None  # nothing that runs on a CPU has a compiler
-                if not info.is_cpu:
+                pool = features = None  # nothing that runs on a CPU has a compiler
+                if predicts:
+                    features = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lla_compile-")))
+                    workers = worker_count(timing=False)
+                    pool = stack.enter_context(CompilePool(info, workers, preset.compile_timeout_s, ahead(features)))
+                elif not info.is_cpu:
                     pool = stack.enter_context(CompilePool(info, worker_count(), preset.compile_timeout_s))
                 # What is off is searched anew; what a fleet has searched is only decided here.
                 resume = not args.verify and (args.resume or len(devices) > 1)
-                settings = Settings(preset, args.seed, resume, storage, path, interruption, named, pool)
-                return _verify(problems, entries, args.drift, settings) if args.verify else _tune(problems, settings)
-    except (ValueError, DatabaseError, optuna.exceptions.StorageInternalError) as error:
+                settings = Settings(preset, args.seed, resume, storage, path, interruption, named, pool, features)
+                if args.verify:
+                    return _verify(problems, entries, args.drift, settings, args.trials_out)
+                return _tune(problems, settings, args.trials_out)
+    except (ValueError, OSError, DatabaseError, optuna.exceptions.StorageInternalError) as error:
         print(f"lla_compile.tune: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
 
-def find_device(name: str) -> tuple[DeviceInfo, torch.device]:
-    """The device of this machine that ``--gpu`` means.
+def find_device(name: str) -> tuple[DeviceInfo, torch.device | None]:
+    """The device that ``--gpu`` means, and where it is; None if it is not in this machine.
 
     Args:
         name: "auto" (the CUDA device if there is one, else the CPU), an id or an alias.
 
     Raises:
-        ValueError: nothing is called that, or it is not in this machine.
+        ValueError: nothing is called that.
     """
     present = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] + [torch.device("cpu")]
     if name == "auto":
@@ -103,8 +121,7 @@ def find_device(name: str) -> tuple[DeviceInfo, torch.device]:
     for device, info in here.items():
         if info.id == wanted.id:
             return info, device
-    found = ", ".join(dict.fromkeys(info.id for info in here.values()))
-    raise ValueError(f"--gpu {name}: no {wanted.id} in this machine, which has {found}; use one of these or auto")
+    return wanted, None
 
 
 def find_devices(gpu: str, which: str | None) -> tuple[DeviceInfo, list[torch.device]]:
@@ -112,15 +129,18 @@ def find_devices(gpu: str, which: str | None) -> tuple[DeviceInfo, list[torch.de
 
     Args:
         gpu: as :func:`find_device` takes it.
-        which: None (that one device), "all" (every GPU that is the same), or indices such as "0,1".
+        which: None (that one device, or none if it is not in this machine), "all" (every GPU that is the same), or
+            indices such as "0,1".
 
     Raises:
-        ValueError: a device is not in this machine, or they differ.
+        ValueError: nothing is called that, a device of ``which`` is not in this machine, or they differ.
     """
     if which is None or which == "all":
         info, device = find_device(gpu)
         if which is None:
-            return info, [device]
+            return info, [device] if device is not None else []
+        if device is None:
+            raise ValueError(f"--devices all: there is no {info.id} in this machine")
         indices = range(torch.cuda.device_count())
         devices = [torch.device("cuda", i) for i in indices if identify(torch.device("cuda", i)) == info]
     else:
@@ -174,7 +194,13 @@ def _entries(args: argparse.Namespace, info: DeviceInfo) -> Sequence[Entry]:
     return selection.used
 
 
-def _verify(problems: Sequence[Problem], entries: Sequence[Entry], tolerance: float, settings: Settings) -> int:
+def _verify(
+    problems: Sequence[Problem],
+    entries: Sequence[Entry],
+    tolerance: float,
+    settings: Settings,
+    trials_out: Path | None,
+) -> int:
     """Measure entries again, and tune those that are off."""
     console = make_console()
     info, device = problems[0].device, problems[0].torch_device
@@ -199,22 +225,28 @@ def _verify(problems: Sequence[Problem], entries: Sequence[Entry], tolerance: fl
     written = sum(reading.outcome.ok for reading in readings)
     ending += f"{len(readings) - len(off)} of {len(readings)} hold; {written} written to {settings.path}"
     console.print(ending, markup=False, soft_wrap=True)
-    return _tune(off, settings) if off and code == EXIT_OK else code
+    return _tune(off, settings, trials_out) if off and code == EXIT_OK else code
 
 
-def _tune(problems: Sequence[Problem], settings: Settings) -> int:
+def _tune(problems: Sequence[Problem], settings: Settings, trials_out: Path | None) -> int:
     console = make_console()
     info, device = problems[0].device, problems[0].torch_device
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    console.print(f"Tuning {len(problems)} key(s) on {info.name} ({info.id})", markup=False, soft_wrap=True)
+    what = f"{len(problems)} key(s) on {info.name} ({info.id})"
+    if settings.features is None:
+        opening = f"Tuning {what}"
+    else:
+        opening = f"Predicting {what}, which is not in this machine: times come from a model, none is measured"
+    console.print(opening, markup=False, soft_wrap=True)
     report = ProgressReport(console, len(problems))
+    watcher = TrialsFile(trials_out, report) if trials_out else report
     code, ending = EXIT_OK, ""
     try:
         with report:
             for problem in problems:
                 settings.interruption.check()
-                if not _tune_or_note(problem, settings, report):
+                if not _tune_or_note(problem, settings, watcher):
                     code = EXIT_FAILED
     except KeyboardInterrupt:
         code, ending = EXIT_INTERRUPTED, "Interrupted."
@@ -227,10 +259,10 @@ def _tune(problems: Sequence[Problem], settings: Settings) -> int:
     return code
 
 
-def _tune_or_note(problem: Problem, settings: Settings, report: ProgressReport) -> bool:
+def _tune_or_note(problem: Problem, settings: Settings, watcher: Watcher) -> bool:
     """Tune a key; what makes one key impossible is noted and does not keep the others from being tuned."""
     try:
-        return tune_key(problem, settings, report).decision is not None
+        return tune_key(problem, settings, watcher).decision is not None
     except DeviceLost:
         raise
     except (ValueError, RuntimeError) as error:
@@ -242,13 +274,14 @@ def _tune_or_note(problem: Problem, settings: Settings, report: ProgressReport) 
             raise DeviceLost(one_line(error)) from error
         # A ValueError or NotImplementedError is addressed to the user, anything else names its type.
         worded = isinstance(error, (ValueError, NotImplementedError))
-        report.end(KeyResult(problem.spec, note=" ".join(str(error).split()) if worded else one_line(error)))
+        watcher.end(KeyResult(problem.spec, note=" ".join(str(error).split()) if worded else one_line(error)))
         return False
 
 
-def _preset(args: argparse.Namespace, info: DeviceInfo) -> Preset:
+def _preset(args: argparse.Namespace, info: DeviceInfo, predicts: bool) -> Preset:
     """The preset of the device with the command line's effort."""
-    preset = PRESETS["quick" if args.quick else "full", "cpu" if info.is_cpu else "gpu"]
+    kind = "prediction" if predicts else "cpu" if info.is_cpu else "gpu"
+    preset = PRESETS["quick" if args.quick else "full", kind]
     given = {"trials": args.trials, "timeout_s": args.timeout}
     return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
@@ -295,7 +328,11 @@ def _parser() -> argparse.ArgumentParser:
         "Options that take several values span a grid of keys, tuned one after another.",
     )
     positive = _number(int, "a positive integer")
-    parser.add_argument("--gpu", default="auto", help="auto, a device id or an alias such as h200 (default: auto)")
+    parser.add_argument(
+        "--gpu",
+        default="auto",
+        help="auto, a device id or an alias such as h200 (default: auto); times on one that is not here are predicted",
+    )
     parser.add_argument("--phase", nargs="+", choices=PHASES, help="default: forward; to verify, all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--head-dim", nargs="+", type=positive, metavar="D", help="width of query and key")
@@ -332,6 +369,7 @@ def _parser() -> argparse.ArgumentParser:
         "--devices", metavar="all|0,1", help="search on several GPUs of this host together (default: on one)"
     )
     parser.add_argument("--out", type=Path, help="YAML file or directory to write to (default: the user's overlay)")
+    parser.add_argument("--trials-out", type=Path, metavar="FILE", help="append every trial to it, a JSON object a line")
     parser.add_argument("--quick", action="store_true", help="few keys, few trials")
     return parser
 

@@ -8,11 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
-from cubin import Cubin
+from compiled import cubin_of
 
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo, known_devices, resolve
 from lla_compile.plans import KernelConfig
+from lla_compile.prediction.cubin import Cubin
 from lla_compile.spec import LLASpec
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -84,7 +85,7 @@ def compile_case(case: Case) -> list[Cubin]:
 
     absent = UNUSED | (set() if case.page_size else {"block_table_ptr"})
     kernels = compile_gram(case.spec, case.config, case.device, absent=frozenset(absent))
-    return [Cubin(kernel.name, kernel.metadata.shared, kernel.asm["cubin"]) for kernel in kernels]
+    return [cubin_of(kernel) for kernel in kernels]
 
 
 @pytest.fixture(scope="module")

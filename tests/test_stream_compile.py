@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import replace
 
 import pytest
-from cubin import Cubin
+from compiled import cubin_of
 
 from lla_compile import backends
 from lla_compile.devices import known_devices, resolve
@@ -51,7 +51,7 @@ def compiled(request):
         pytest.skip(why)
     absent = UNUSED | (set() if spec.page_size else {"block_table_ptr"})
     kernel = compile_stream(spec, config, device, absent=frozenset(absent))
-    return device, spec, config, Cubin(kernel.name, kernel.metadata.shared, kernel.asm["cubin"])
+    return device, spec, config, cubin_of(kernel)
 
 
 def test_loops_over_keys_keep_to_registers_and_use_the_tensor_cores(compiled):

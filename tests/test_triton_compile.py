@@ -9,13 +9,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import pytest
-from cubin import Cubin, compile_cubins
+from compiled import compile_cubins
 
 from lla_compile import backends, precision
 from lla_compile.backends.triton import resources
 from lla_compile.devices import DeviceInfo, known_devices, resolve
 from lla_compile.lowering import INFO, SAVED, lower
 from lla_compile.plans import KernelConfig
+from lla_compile.prediction.cubin import Cubin
 from lla_compile.spec import LLASpec
 from lla_compile.sweeps import Loop, sweep_of
 

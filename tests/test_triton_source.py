@@ -236,7 +236,7 @@ def test_a_new_operator_needs_no_printer_change(new_operator):
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_new_operator_compiles(new_operator, schedule):
-    from cubin import compile_cubins
+    from compiled import compile_cubins
 
     for kernel in compile_cubins(SPEC, CONFIGS[schedule], resolve("h200")):
         assert kernel.count("HGMMA") > 0

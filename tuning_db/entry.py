@@ -13,6 +13,7 @@ from lla_compile.spec import LLASpec
 PROVENANCES = ("measured", "predicted")
 
 _PASSES_BESIDE_CG = 3  # over keys or values
+_FIGURES = ("median_ms", "default_ms", "error", "predicted_ms")  # what an origin keeps
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,11 @@ class Entry:
         tuned: the bucket at which it was tuned.
         config: the winner.
         provenance: "measured" on the device, or "predicted" by a model.
-        result: median_ms, spread, default_ms (the heuristic default in the same run), error, error_limit, and where
-            a decoding plan reads the cache once, ``streaming``: plan, median_ms, iterations and kernel_hash of the best
+        result: median_ms, spread, default_ms (the heuristic default in the same run), error, error_limit; where
+            nothing was measured predicted_ms and predicted_default_ms instead of all these; and where a decoding plan
+            reads the cache once, ``streaming``: plan, median_ms, iterations and kernel_hash of the best
             that reads it once an iteration.
-        search: trials, failed, seed, date (ISO 8601, UTC), kernel_hash.
+        search: trials, failed, seed, date (ISO 8601, UTC), kernel_hash, and where times were predicted model_version.
         toolchain: versions that it was tuned with; written once a file where its entries agree.
         origins: where entries of several hosts were merged, what each of them had found; else empty.
 
@@ -105,7 +107,7 @@ class Entry:
 
     def origin(self) -> dict:
         """What an entry that this one is merged with remembers of it."""
-        figures = {name: self.result[name] for name in ("median_ms", "default_ms", "error") if name in self.result}
+        figures = {name: self.result[name] for name in _FIGURES if name in self.result}
         return {
             "provenance": self.provenance,
             "plan": self.config.as_dict(),
@@ -173,8 +175,9 @@ def newer(old: Entry, new: Entry) -> Entry:
 def better(a: Entry, b: Entry) -> Entry:
     """The entry that a merge of two for one slot gives: the better one, with what both had found as its ``origins``.
 
-    Measured goes before predicted, then the faster, then the newer. The result depends neither on the order of the
-    arguments nor on how several merges are nested, and an entry merged with itself is itself.
+    Measured goes before predicted, then the newer model's prediction, then the faster, then the newer. The result
+    depends neither on the order of the arguments nor on how several merges are nested, and an entry merged with itself
+    is itself.
     """
     origins = {_canonical(origin): origin for e in (a, b) for origin in e.origins or (e.origin(),)}
     listed = tuple(origins[text] for text in sorted(origins)) if len(origins) > 1 else ()
@@ -185,7 +188,8 @@ def _rank(entry: Entry) -> tuple:
     """Sorts entries of one slot, the best first; entries that differ never compare equal."""
     newest_first = [*(-ord(letter) for letter in entry.date), 0]
     text = _canonical([replace(entry, origins=()).to_dict(), entry.toolchain])
-    return not entry.measured, entry.result.get("median_ms", float("inf")), newest_first, text
+    time = entry.result.get("median_ms", entry.result.get("predicted_ms", float("inf")))
+    return not entry.measured, -entry.search.get("model_version", 0), time, newest_first, text
 
 
 def _canonical(content) -> str:

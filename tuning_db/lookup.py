@@ -52,7 +52,8 @@ def lookup(
 ) -> Match:
     """The best entry for a problem. Reads each file once a process; a miss is a result, not an error.
 
-    Levels, best first; at each the user's overlay goes before the shipped database, then the nearest bucket:
+    Levels, best first; at each the user's overlay goes before the shipped database, then the nearest bucket. What was
+    measured on this device goes before all that was predicted for it:
 
     - EXACT: this device, this key, this bucket.
     - NEAREST: this device, this key, and the sizes lie in the entry's validity range.
@@ -68,9 +69,9 @@ def lookup(
     """
     query = _Query(key, bucket, seqlen, batch_heads, device)
     refusals: dict[int, str] = {}
-    for source, level in ((Source.EXACT, _exact), (Source.NEAREST, _nearest), (Source.SAME_ARCH, _same_architecture)):
+    for source, measured, level in _LEVELS:
         for path, entry in level(query):
-            if id(entry) in refusals:
+            if measured not in (None, entry.measured) or id(entry) in refusals:
                 continue
             chosen = entry.for_iterations(cg_max_iters)
             if refusal := reject(chosen.config, chosen):
@@ -122,14 +123,24 @@ def _nearest(query: _Query) -> list[tuple[Path, Entry]]:
 def _same_architecture(query: _Query) -> Iterator[tuple[Path, Entry]]:
     for directory in query.directories():
         fitting = [
-            (query.distance(entry), abs(document.device.sms - query.device.sms), path, entry)
+            (not entry.measured, query.distance(entry), abs(document.device.sms - query.device.sms), path, entry)
             for path, document in store.load_all(directory).items()
             if document.device.id != query.device.id and document.device.same_architecture(query.device)
             for entry in document.entries
             if entry.key == query.key
             and (entry.tuned == query.bucket or entry.covers(query.seqlen, query.batch_heads))
         ]
-        yield from ((path, entry) for _, _, path, entry in sorted(fitting, key=lambda found: found[:3]))
+        yield from ((path, entry) for *_, path, entry in sorted(fitting, key=lambda found: found[:4]))
+
+
+# In order of preference: how well an entry fits, whether it was measured (None: either, measured first), and which.
+_LEVELS = (
+    (Source.EXACT, True, _exact),
+    (Source.NEAREST, True, _nearest),
+    (Source.EXACT, False, _exact),
+    (Source.NEAREST, False, _nearest),
+    (Source.SAME_ARCH, None, _same_architecture),
+)
 
 
 def _why(source: Source, entry: Entry, path: Path, query: _Query) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Mapping
 
-from lla_compile.backends.cuda import gram_config
+from lla_compile.backends import Binary
+from lla_compile.backends.cuda import gram_config, gram_kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,6 +61,15 @@ class CudaBackend:
         from lla_compile.backends.cuda.gram_launcher import precompile_gram
 
         precompile_gram(spec, config, device)
+
+    def binaries(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> list[Binary]:
+        from lla_compile.backends.cuda.compiler import compile_kernel
+
+        compiled = (
+            (kernel, compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability))
+            for kernel in gram_kernels.kernels(spec, config, device)
+        )
+        return [Binary(kernel.name, kernel.threads // 32, kernel.shared, cubin) for kernel, cubin in compiled]
 
     def build(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:
         """Compile a plan's kernels into ``folder``, where LLA_COMPILE_CUBINS lets a machine without a compiler find them.

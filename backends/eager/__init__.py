@@ -111,6 +111,9 @@ class EagerBackend:
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         """Nothing to compile."""
 
+    def binaries(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> list[Binary]:
+        return []
+
     def bind(self, plan: Plan) -> Executable:
         if plan.spec.phase == "decode":
             from lla_compile.backends.eager.decode import GramExecutable

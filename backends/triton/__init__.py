@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Mapping
 
+from lla_compile.backends import Binary
 from lla_compile.backends.triton import config as config_module
 from lla_compile.backends.triton import decode_config, resources
 from lla_compile.backends.triton.source import print_module
@@ -68,6 +69,23 @@ class TritonBackend:
         else:
             from lla_compile.backends.triton.launcher import compile_variant as precompile
         precompile(spec, config, device)
+
+    def binaries(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> list[Binary]:
+        if spec.phase == "decode":
+            from lla_compile.backends.triton.decode_launcher import ordinary_absences
+            from lla_compile.backends.triton.gram_launcher import compile_gram
+            from lla_compile.backends.triton.stream_launcher import compile_stream
+
+            absent = ordinary_absences(spec.page_size is not None)[-1]
+            if config.schedule == "gram":
+                kernels = compile_gram(spec, config, device, absent=absent)
+            else:
+                kernels = [compile_stream(spec, config, device, absent=absent)]
+        else:
+            from lla_compile.backends.triton.launcher import compile_variant
+
+            kernels = compile_variant(spec, config, device)
+        return [Binary(k.name, k.metadata.num_warps, k.metadata.shared, k.asm["cubin"]) for k in kernels]
 
     def bind(self, plan: Plan) -> Executable:
         if plan.config.schedule == "gram":

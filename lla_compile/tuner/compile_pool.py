@@ -187,7 +187,7 @@ def _work(pipe: Connection, device: DeviceInfo, compile_: Compile) -> None:
         pipe.send(outcome)
 
 
-def worker_count() -> int:
-    """Processes to compile with: one core is left to the process that times."""
+def worker_count(timing: bool = True) -> int:
+    """Processes to compile with: one core is left to the process that times, if one does."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores - 1))
+    return max(1, min(8, cores - timing))

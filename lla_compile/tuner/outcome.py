@@ -41,9 +41,10 @@ class Outcome:
     Attributes:
         kind: how it ended.
         message: why, in one line, unless OK.
-        median_ms: median time of a launch; set when OK.
+        median_ms: median time of a launch, or its prediction; set when OK.
         spread: interquartile range of the times over their median; set when OK.
-        error: error nearest to (or furthest beyond) its limit; None when there is no finite one.
+        error: error nearest to (or furthest beyond) its limit; None when there is no finite one, or when the time is
+            predicted.
         error_limit: the limit that ``error`` is held against.
     """
 
@@ -60,7 +61,9 @@ class Outcome:
 
     @property
     def violation(self) -> float:
-        """The search's constraint, satisfied at <= 0: error / limit - 1."""
+        """The search's constraint, satisfied at <= 0: error / limit - 1, or 0 where nothing ran that could be wrong."""
+        if self.ok and self.error is None:
+            return 0.0
         if self.kind not in (Kind.OK, Kind.WRONG) or self.error is None or not math.isfinite(self.error):
             return NO_ANSWER
         return min(self.error / self.error_limit - 1, NO_ANSWER)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,13 @@ _CPU_QUICK = Preset(
     error_heads=2,
 )
 
+# Nothing is timed: a trial is a compilation of ten seconds or more, and few in flight let each learn from the others.
+_PREDICTION_FULL = replace(_GPU_FULL, trials=40, timeout_s=1800, lookahead=4)
+_PREDICTION_QUICK = replace(_GPU_QUICK, timeout_s=90, lookahead=3)
+
 PRESETS = {
+    ("full", "prediction"): _PREDICTION_FULL,
+    ("quick", "prediction"): _PREDICTION_QUICK,
     ("full", "gpu"): _GPU_FULL,
     ("quick", "gpu"): _GPU_QUICK,
     ("full", "cpu"): _CPU_FULL,

@@ -122,7 +122,7 @@ def _row(result: KeyResult) -> tuple[str, ...]:
         return describe(result.spec), plan, "-", "-", "-", trials, failed
     outcome, default_ms = result.decision.outcome, result.decision.default_ms
     gain = "default fails" if default_ms is None else f"{default_ms / outcome.median_ms:.2f}x"
-    error = f"{outcome.error:.1e} / {outcome.error_limit:.1e}"
+    error = "predicted" if outcome.error is None else f"{outcome.error:.1e} / {outcome.error_limit:.1e}"
     return describe(result.spec), plan, _time(outcome.median_ms), gain, error, trials, failed
 
 

@@ -11,18 +11,20 @@ import optuna
 
 from lla_compile.key import key_of
 from lla_compile.plans import KernelConfig
+from lla_compile.prediction import efficiency
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.compile_pool import CompilePool
 from lla_compile.tuner.evaluate import Evaluator
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost
+from lla_compile.tuner.predictor import Predictor, comparable
 from lla_compile.tuner.presets import Preset
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.search import Budget, Search, evaluated, failures, ranked
 from lla_compile.tuner.space import SearchSpace, usable_backends
 from lla_compile.tuner.study import Decision, Record, TuningStudy, study_name
-from lla_compile.tuner.toolchain import toolchain
-from lla_compile.tuner.writer import make_entry, neighbours, write
+from lla_compile.tuner.toolchain import compilers, toolchain
+from lla_compile.tuner.writer import make_entry, make_predicted_entry, neighbours, write
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Settings:
         interruption: ends a search between two records.
         backends: names of the backends searched; empty leaves it to the device.
         pool: compiles ahead of timing; None leaves compilation to the first launch.
+        features: where features of compiled kernels are kept if times are predicted; None measures them.
     """
 
     preset: Preset
@@ -48,6 +51,7 @@ class Settings:
     interruption: Interruption
     backends: tuple[str, ...] = ()
     pool: CompilePool | None = None
+    features: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def tune_key(problem: Problem, settings: Settings, watcher: Watcher) -> KeyResul
         problem.spec, trials=evaluated(records), failed=failures(records), note="no configuration is correct"
     )
     if decision is not None:
-        write(problem, make_entry(problem, space, decision, records, settings.seed), settings.path)
+        make = make_entry if settings.features is None else make_predicted_entry
+        write(problem, make(problem, space, decision, records, settings.seed), settings.path)
         result = replace(result, config=decision.config, decision=decision, note="")
     watcher.end(result)
     return result
@@ -134,11 +139,12 @@ def explore_key(problem: Problem, settings: Settings, watcher: Watcher) -> None:
 
 def _space(problem: Problem, settings: Settings) -> SearchSpace:
     usable = usable_backends(problem.spec, problem.device, settings.backends)
-    return SearchSpace.joint(problem.spec, problem.device, usable)
+    space = SearchSpace.joint(problem.spec, problem.device, usable)
+    return space if settings.features is None else comparable(space)
 
 
 def _study(problem: Problem, space: SearchSpace, settings: Settings, resume: bool) -> TuningStudy:
-    name = study_name(settings.storage, _study_base(problem, space, settings.seed), resume)
+    name = study_name(settings.storage, _study_base(problem, space, settings.seed, settings.features is not None), resume)
     return TuningStudy(settings.storage, name, space, settings.seed)
 
 
@@ -148,7 +154,10 @@ def _search(
     preset = settings.preset
     deadline = time.monotonic() + preset.timeout_s
     watcher.begin(problem.spec, preset.trials, evaluated(study.records()))
-    evaluator = Evaluator(problem, space.backends, preset)
+    if settings.features is None:
+        evaluator = Evaluator(problem, space.backends, preset)
+    else:
+        evaluator = Predictor(problem, settings.features)
     compiler, lookahead = None, 1
     if settings.pool is not None:
         compiler, lookahead = settings.pool.compiler(evaluator.specs()), preset.lookahead
@@ -168,9 +177,10 @@ def _unfinished(spec: LLASpec, records: Sequence[Record], error: BaseException) 
     )
 
 
-def _study_base(problem: Problem, space: SearchSpace, seed: int) -> str:
-    """What makes two searches the same one: device, key, sizes, kernels and toolchain, seed."""
+def _study_base(problem: Problem, space: SearchSpace, seed: int, predicted: bool) -> str:
+    """What makes two searches the same one: device, key, sizes, kernels and toolchain or compilers and model, seed."""
     spec = problem.spec
     sizes = f"N{spec.seqlen_k} BH{spec.batch_heads}"
-    digest = space.digest(toolchain(problem.torch_device.type))
+    versions = compilers() | {"model": str(efficiency.VERSION)} if predicted else toolchain(problem.torch_device.type)
+    digest = space.digest(versions)
     return f"{problem.device.id}/{key_of(spec).describe()}/{sizes}/{digest}/seed{seed}"

@@ -18,6 +18,11 @@ def toolchain(device_type: str) -> dict[str, str]:
     return {name: str(found) for name, found in versions.items() if found}
 
 
+def compilers() -> dict[str, str]:
+    """Versions of what compiles for a device that is not there."""
+    return {name: found for name, found in toolchain("cuda").items() if name in ("torch", "triton")}
+
+
 def installed(package: str) -> str | None:
     """The version of an installed distribution."""
     try:

@@ -9,12 +9,13 @@ from typing import Sequence
 from lla_compile.devices import DeviceInfo
 from lla_compile.key import Bucket, bucket_of_spec, key_of
 from lla_compile.plans import KernelConfig
+from lla_compile.prediction import efficiency
 from lla_compile.tuner.outcome import Outcome
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.search import failures
 from lla_compile.tuner.space import SearchSpace
 from lla_compile.tuner.study import Decision, Record
-from lla_compile.tuner.toolchain import toolchain
+from lla_compile.tuner.toolchain import compilers, toolchain
 from lla_compile.tuning_db import DatabaseError, Entry, device_file, overlay_dir, record, store
 
 
@@ -61,6 +62,33 @@ def round_result(outcome: Outcome, default_ms: float | None) -> dict:
     if default_ms is not None:
         result["default_ms"] = round(default_ms, 6)
     return result
+
+
+def make_predicted_entry(
+    problem: Problem, space: SearchSpace, decision: Decision, records: Sequence[Record], seed: int
+) -> Entry:
+    """The same of a search whose times were predicted: they are called so, and there is no error."""
+    bucket, backend = bucket_of_spec(problem.spec), space.backends[decision.config.backend]
+    result = {"predicted_ms": float(f"{decision.outcome.median_ms:.4g}")}
+    if decision.default_ms is not None:
+        result["predicted_default_ms"] = float(f"{decision.default_ms:.4g}")
+    return Entry(
+        key=key_of(problem.spec),
+        valid=validity(bucket, problem.spec.phase),
+        tuned=bucket,
+        config=decision.config,
+        provenance="predicted",
+        result=result,
+        search={
+            "trials": decision.trials,
+            "failed": failures(records),
+            "seed": seed,
+            "date": decision.date,
+            "kernel_hash": backend.source_hash(problem.spec, decision.config),
+            "model_version": efficiency.VERSION,
+        },
+        toolchain=compilers(),
+    )
 
 
 def validity(bucket: Bucket, phase: str) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Reading compiled kernels without a GPU: resources and loops of a cubin, through the cuobjdump that Triton carries."""
+"""Compiled kernels read without a GPU: resources and loops of a cubin, through the cuobjdump that Triton carries."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ _TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
 
 @dataclass(frozen=True)
 class Loop:
-    """The instructions between a backward branch and its target, counted by name: ``{"HGMMA": 8, "LDL": 0, ...}``."""
+    """The instructions between a backward branch and its target.
+
+    Attributes:
+        start, stop: addresses of the target and of the branch.
+        counts: by name: ``{"HGMMA": 8, "LDL": 0, ...}``.
+        modified: by name with modifiers, which tell widths and shapes: ``{"HGMMA.64x64x16.F32.BF16": 8, ...}``.
+    """
 
     start: int
     stop: int
     counts: Counter
+    modified: Counter
 
     def __getitem__(self, name: str) -> int:
         return self.counts[name]
@@ -32,11 +39,13 @@ class Cubin:
 
     Attributes:
         name: of the kernel.
+        num_warps: warps of a block.
         shared: bytes of shared memory of a block, static and dynamic.
         binary: the cubin.
     """
 
     name: str
+    num_warps: int
     shared: int
     binary: bytes = field(repr=False)
 
@@ -65,26 +74,22 @@ class Cubin:
             if target and int(target[1], 16) < address:
                 spans.add((int(target[1], 16), address))
         inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-        return tuple(Loop(*span, self._count(*span)) for span in sorted(inner))
+        return tuple(self._loop(*span) for span in sorted(inner))
 
     def count(self, name: str) -> int:
         """Instructions of this name (without modifiers) in the whole kernel."""
-        return self._count(0, 1 << 62)[name]
+        return self._loop(0, 1 << 62)[name]
 
     @cached_property
     def _resources(self) -> dict[str, int]:
         return {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", _cuobjdump("-res-usage", self.binary))}
 
-    def _count(self, start: int, stop: int) -> Counter:
-        return Counter(name.partition(".")[0] for address, name, _ in self.instructions if start <= address <= stop)
-
-
-def compile_cubins(spec, config, device, **variant) -> list[Cubin]:
-    """``compile_variant`` in a form that crosses processes."""
-    from lla_compile.backends.triton.launcher import compile_variant
-
-    kernels = compile_variant(spec, config, device, **variant)
-    return [Cubin(kernel.name, kernel.metadata.shared, kernel.asm["cubin"]) for kernel in kernels]
+    def _loop(self, start: int, stop: int) -> Loop:
+        modified = Counter(name for address, name, _ in self.instructions if start <= address <= stop)
+        counts: Counter = Counter()
+        for name, count in modified.items():
+            counts[name.partition(".")[0]] += count
+        return Loop(start, stop, counts, modified)
 
 
 def _cuobjdump(option: str, binary: bytes) -> str:

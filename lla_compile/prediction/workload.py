@@ -1,0 +1,273 @@
+"""What a plan asks of a device: its launches, their blocks, and how often each of their loops turns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from lla_compile.key import key_of
+from lla_compile.lowering import lower
+from lla_compile.masks import key_range
+from lla_compile.plans import KernelConfig
+from lla_compile.precision import split_terms, split_tol
+from lla_compile.spec import LLASpec
+from lla_compile.sweeps import Loop, Stage, SweepList, sweep_of
+
+# Times are predicted for the ridge that they are measured at, and for keys and queries that are standard normal.
+RIDGE = 1.0
+
+# Numbers of a state that a block of the merge holds.
+_MERGED_TOGETHER = 512
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One sweep of a kernel over the streamed side.
+
+    Attributes:
+        turns: of the loop over unmasked tiles, by block in launch order.
+        masked: of the loops over tiles that need the mask.
+        updates: epilogues of the sweep, by block.
+        flops: tile products of one turn of a block.
+        rows, columns: of the tile of row state that an epilogue goes through.
+    """
+
+    turns: np.ndarray
+    masked: np.ndarray
+    updates: np.ndarray
+    flops: float
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, or several alike.
+
+    Attributes:
+        kernel: its place among the plan's kernels.
+        copies: blocks for each entry of the passes' arrays.
+        passes: the sweeps of a block; empty where the kernel does no sweep.
+        count: launches alike.
+        bytes: of intermediate results that it writes and reads.
+    """
+
+    kernel: int
+    copies: int
+    passes: tuple[Pass, ...] = ()
+    count: float = 1.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All launches of a plan, and the bytes that have to come from device memory once."""
+
+    launches: tuple[Launch, ...]
+    bytes: float
+
+
+def iterations(visible_keys: float, head_dim: int, ridge: float, tolerance: float) -> float:
+    """Turns of CG until the rows of a tile that see so many standard normal keys have converged.
+
+    Softmax weights of scaled scores, which have variance 1, leave 1/e of the keys to count. Their sample covariance has
+    eigenvalues within (1 -+ sqrt(D / n))^2, and CG's residual falls by (sqrt(kappa) - 1) / (sqrt(kappa) + 1) a turn.
+    Where fewer keys are visible than dimensions, the rank bounds the turns. The slowest row of a tile takes about one
+    more than the mean.
+    """
+    spread = math.sqrt(head_dim / (max(visible_keys, head_dim) / math.e))
+    kappa = ((1 + spread) ** 2 + ridge) / (max(1 - spread, 0.0) ** 2 + ridge)
+    rate = (math.sqrt(kappa) + 1) / (math.sqrt(kappa) - 1)
+    return 1.0 + math.log(2 / tolerance) / math.log(rate)
+
+
+@lru_cache(maxsize=1024)
+def workload(spec: LLASpec, config: KernelConfig) -> Workload:
+    """The launches of a plan, in order.
+
+    Raises:
+        NotImplementedError: sequences are packed, so that the lengths are not known.
+    """
+    if spec.num_sequences is not None:
+        raise NotImplementedError("times of packed sequences are not predicted: their lengths are not known")
+    if spec.phase == "decode":
+        return _decoding(spec, config)
+    program = lower(spec.op, spec.phase)
+    program = program.wanting(program.ordinary)
+    launches: list[Launch] = []
+    for kernel, stages in enumerate(_kernels(program, spec, config)):
+        launches += _launches(kernel, stages, program, spec, config)
+    return Workload(tuple(launches), _bytes(spec, program))
+
+
+def _kernels(program: SweepList, spec: LLASpec, config: KernelConfig) -> list[tuple[Stage, ...]]:
+    """The stages of each kernel: all that hold rows share one in `fused`, the others have their own."""
+    if config.schedule == "split":
+        return [(stage,) for stage in program.stages]
+    rows = tuple(s for s in program.stages if sweep_of(s).holds == "rows" and not _is_left_out(s, program, spec))
+    keys = [(stage,) for stage in program.stages if sweep_of(stage).holds == "keys"]
+    return [rows, *keys] if rows else keys
+
+
+def _is_left_out(stage: Stage, program: SweepList, spec: LLASpec) -> bool:
+    """Whether a loop never turns: the coarse one does all where operands are one term anyway."""
+    one_term = split_terms(spec.dtype, spec.precision) == 1
+    return isinstance(stage, Loop) and not stage.coarse and program.refines and one_term
+
+
+def _launches(
+    kernel: int, stages: tuple[Stage, ...], program: SweepList, spec: LLASpec, config: KernelConfig
+) -> list[Launch]:
+    if sweep_of(stages[0]).holds == "keys":
+        own = config.holding_keys
+        turns, masked = _query_tiles(spec, own.block_q, own.block_k)
+        copies = spec.batch * spec.num_kv_heads
+        flops = _flops(program, stages[0], spec, own)
+        sums = Pass(turns, masked, np.ones(len(turns)), flops, own.block_k, spec.head_dim + spec.head_dim_v)
+        return [Launch(kernel, copies, (sums,))]
+    turns, masked, seen = _key_tiles(spec, config.block_q, config.block_k)
+    loops = _turns_of_loops(program, spec, seen)
+    copies = spec.batch * spec.num_heads
+    if config.schedule == "split" and isinstance(stages[0], Loop):
+        if _is_left_out(stages[0], program, spec):
+            return []
+        return _split_loop(kernel, stages[0], loops[stages[0].coarse], copies, turns, masked, program, spec, config)
+    passes = []
+    for stage in stages:
+        times = loops[stage.coarse] if isinstance(stage, Loop) else np.ones(len(turns))
+        flops = _flops(program, stage, spec, config)
+        passes.append(Pass(turns * times, masked * times, times, flops, config.block_q, spec.head_dim))
+    return [Launch(kernel, copies, tuple(passes))]
+
+
+def _split_loop(kernel, stage, times, copies, turns, masked, program, spec, config) -> list[Launch]:
+    """A launch for each iteration up to the cap: blocks that have converged return at once."""
+    flops = _flops(program, stage, spec, config)
+    needed = min(math.ceil(times.max()), config.cg_max_iters)
+
+    def launch(active: np.ndarray, count: float) -> Launch:
+        work = Pass(turns * active, masked * active, active, flops, config.block_q, spec.head_dim)
+        return Launch(kernel, copies, (work,), count)
+
+    launches = [launch(np.clip(times - turn, 0.0, 1.0), 1) for turn in range(needed)]
+    return [*launches, launch(np.zeros(len(turns)), config.cg_max_iters - needed)]
+
+
+def _turns_of_loops(program: SweepList, spec: LLASpec, seen: np.ndarray) -> dict[bool, np.ndarray]:
+    """Turns of the loop that splits operands and of the coarse one (by ``coarse``), for tiles that see so many keys."""
+    total = np.array([iterations(keys, spec.head_dim, RIDGE, spec.cg_tol) for keys in seen])
+    if not program.refines:
+        return {True: total, False: total}
+    tolerance = split_tol(spec.dtype, spec.precision)
+    if not tolerance:
+        return {True: total, False: np.zeros(len(total))}
+    fine = total * math.log(2 / tolerance) / math.log(2 / spec.cg_tol)
+    # The coarse solve starts anew: its first turn gains little.
+    return {True: total - fine + 1, False: fine}
+
+
+@lru_cache(maxsize=256)
+def _key_tiles_of(
+    seqlen_q: int, seqlen_k: int, causal: bool, window: int | None, block_q: int, block_k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For the query tiles in launch order: unmasked and masked tiles of keys, and keys that a row sees on average."""
+    starts = list(range(0, seqlen_q, block_q))
+    if causal:  # the first tile, then the longest
+        starts = starts[:1] + starts[:0:-1]
+    counts = []
+    for start in starts:
+        stop = min(start + block_q, seqlen_q)
+        seen = key_range(start, stop, seqlen_q, seqlen_k, causal, window)
+        first = -(-seen.full_start // block_k) * block_k
+        last = max(seen.full_stop // block_k * block_k, first)
+        masked = -(-(seen.stop - last) // block_k) + max(first - seen.start // block_k * block_k, 0) // block_k
+        by_some = seen.full_start - seen.start + seen.stop - seen.full_stop
+        by_each = seen.full_stop - seen.full_start + by_some / 2
+        counts.append(((last - first) // block_k, max(masked, 0), by_each))
+    return tuple(np.array(column, dtype=float) for column in zip(*counts))
+
+
+def _key_tiles(spec: LLASpec, block_q: int, block_k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return _key_tiles_of(spec.seqlen_q, spec.seqlen_k, spec.is_causal, spec.window_size, block_q, block_k)
+
+
+def _query_tiles(spec: LLASpec, block_q: int, block_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """For the key tiles in launch order: unmasked and masked tiles of queries, over all heads of a group.
+
+    Key j is seen by the queries from j - (M - N) on, so that the tiles of queries are those of keys seen backwards.
+    """
+    turns, masked, _ = _key_tiles_of(
+        spec.seqlen_k, spec.seqlen_q, spec.is_causal, spec.window_size, block_k, block_q
+    )  # fmt: skip
+    if spec.is_causal:  # mirrored, the last keys are the first rows; keys are launched first to last, longest first
+        turns, masked = (np.concatenate((x[1:], x[:1])) for x in (turns, masked))
+    return turns * spec.group_size, masked * spec.group_size
+
+
+def _flops(program: SweepList, stage: Stage, spec: LLASpec, config: KernelConfig) -> float:
+    """Of the tile products of one turn of a block, with the terms that computed operands are split in."""
+    sweep = sweep_of(stage)
+    terms = split_terms(spec.dtype, spec.precision)
+    if isinstance(stage, Loop) and stage.coarse:
+        terms = 1
+
+    def width(name: str) -> int:
+        return spec.head_dim_v if name in program.value_wide else spec.head_dim
+
+    columns = sum(width(s.col) * (terms if s.row in program.rounded else 1) for s in sweep.scores)
+    columns += sum(width(a.operand) * terms for a in sweep.accumulators)
+    return 2.0 * config.block_q * config.block_k * columns
+
+
+def _bytes(spec: LLASpec, program: SweepList) -> float:
+    """Inputs and outputs, once each."""
+    item = 4 if spec.dtype == "float32" else 2
+    rows = spec.batch * spec.num_heads * spec.seqlen_q * spec.head_dim
+    keys = spec.batch * spec.num_kv_heads * spec.seqlen_k * (spec.head_dim + spec.head_dim_v)
+    return item * (rows * (1 + len(program.row_inputs)) + keys * (1 + len(program.key_outputs) / 2))
+
+
+def _decoding(spec: LLASpec, config: KernelConfig) -> Workload:
+    """Every sequence of the cache is full."""
+    item = 4 if spec.dtype == "float32" else 2
+    keys = spec.visible_seqlen
+    cache = item * spec.batch * spec.num_kv_heads * keys * (spec.head_dim + spec.head_dim_v)
+    if config.schedule == "gram":
+        return Workload(_gram(spec, config, keys), cache)
+    rows = key_of(spec).group
+    tiles = -(-rows // config.block_q)
+    total = iterations(keys, spec.head_dim, RIDGE, spec.cg_tol)
+    program = lower(spec.op, spec.phase)
+    program = program.wanting(program.ordinary)
+    loops = _turns_of_loops(program, spec, np.full(1, keys))
+    turns = np.array([keys // config.block_k], dtype=float)
+    masked = np.array([float(keys % config.block_k > 0)])
+    passes = []
+    for stage in program.stages:
+        if _is_left_out(stage, program, spec):
+            continue
+        times = loops[stage.coarse] if isinstance(stage, Loop) else np.ones(1)
+        flops = _flops(program, stage, spec, config)
+        passes.append(Pass(turns * times, masked * times, times, flops, config.block_q, spec.head_dim))
+    return Workload((Launch(0, spec.batch * spec.num_kv_heads * tiles, tuple(passes)),), cache * (3 + total))
+
+
+def _gram(spec: LLASpec, config: KernelConfig, keys: int) -> tuple[Launch, ...]:
+    """One pass of blocks that hold rows of the covariances, the merge of the parts, and the solve."""
+    queries = spec.batch * spec.num_heads * spec.seqlen_q
+    width, width_v = spec.head_dim, spec.head_dim_v
+    blocks = -(-width // config.block_d)
+    part = -(-keys // config.num_splits)
+    flops = 2.0 * config.block_k * (config.block_d * (width + width_v) + width)
+    turns = np.array([part // config.block_k], dtype=float)
+    masked = np.array([float(part % config.block_k > 0)])
+    covariances = Pass(turns, masked, np.ones(1), flops, config.block_d, width + width_v)
+    state = 4 * queries * (16 + 2 * width + width_v + width * (width + width_v))  # float32 numbers that a part leaves
+    launches = [Launch(0, queries * config.num_splits * blocks, (covariances,), bytes=state * config.num_splits)]
+    if config.num_splits > 1:
+        tiles = -(-state // (4 * queries * _MERGED_TOGETHER))
+        launches.append(Launch(1, queries * tiles, bytes=state * (config.num_splits + 1)))
+    return (*launches, Launch(len(launches), queries, bytes=state))

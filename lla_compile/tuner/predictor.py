@@ -1,0 +1,113 @@
+"""One configuration from plan to outcome on a device that is not there: compile it, read it, predict its time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Sequence
+
+from lla_compile.devices import DeviceInfo
+from lla_compile.plans import KernelConfig
+from lla_compile.prediction.features import KernelFeatures
+from lla_compile.prediction.library import Features, compile_features, identity_of
+from lla_compile.prediction.model import predict
+from lla_compile.spec import LLASpec
+from lla_compile.tuner.outcome import Kind, Outcome, outcome_of
+from lla_compile.tuner.problem import Problem
+from lla_compile.tuner.space import SearchSpace
+from lla_compile.tuner.timing import Timing
+
+
+# Backends whose loops the model knows.
+_MODELLED = ("triton",)
+
+
+class Predictor:
+    """Evaluates configurations of one problem by the model; nothing runs, so that no error is known.
+
+    Args:
+        problem: what is tuned.
+        folder: where features of compiled kernels are kept.
+    """
+
+    def __init__(self, problem: Problem, folder: Path):
+        self._problem = problem
+        self._folder = folder
+
+    def specs(self) -> tuple[LLASpec, ...]:
+        """All that a configuration is compiled for."""
+        return (self._problem.spec,)
+
+    def __call__(self, config: KernelConfig) -> Outcome:
+        """Predict the time of a configuration; one that spills or does not fit is a failure of resources."""
+        spec, device = self._problem.spec, self._problem.device
+        try:
+            prediction = predict(spec, config, device, features_of(spec, config, device, self._folder))
+        except Exception as error:  # what cannot be compiled or read is this configuration's outcome
+            return outcome_of(error)
+        if prediction.limit:
+            return Outcome(Kind.RESOURCES, prediction.limit)
+        return Outcome(Kind.OK, "", prediction.milliseconds, 0.0)
+
+    def verify(self, config: KernelConfig) -> None:
+        """Nothing can be checked."""
+
+    def retime(self, configs: list[KernelConfig]) -> list[Timing]:
+        """The same predictions again."""
+        return [Timing(self(config).median_ms, 0.0) for config in configs]
+
+
+def ahead(folder: Path):
+    """What a compile pool runs for predictions: it leaves features in ``folder``."""
+    return partial(_compile_ahead, folder=folder)
+
+
+def comparable(space: SearchSpace) -> SearchSpace:
+    """The part of a space that the model knows, and whose accuracy is that of the default, since none can be measured: its
+    cap on the iterations, and for decoding its schedule, are the default's.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    knobs = {}
+    for name, own in space.knobs.items():
+        if name not in _MODELLED:
+            continue
+        default = space.backends[name].default_config(space.spec, space.device)
+        fixed = ("cg_max_iters", "schedule") if space.spec.phase == "decode" else ("cg_max_iters",)
+        knobs[name] = dict(own) | {knob: (getattr(default, knob),) for knob in fixed}
+        if space.spec.phase == "decode":  # None stands for a knob of the other schedule
+            kept = {knob: tuple(x for x in values if x is not None) for knob, values in knobs[name].items()}
+            knobs[name] = {
+                knob: values if getattr(default, knob) is not None else (None,) for knob, values in kept.items()
+            }
+    modelled = {name: backend for name, backend in space.backends.items() if name in knobs}
+    if not modelled:
+        raise ValueError(f"times of {', '.join(space.backends)} cannot be predicted; --backend {_MODELLED[0]} can be")
+    return replace(space, knobs=knobs, backends=modelled)
+
+
+def features_of(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> Features:
+    """What ``folder`` has of a plan's kernels; compiled and added if it has nothing.
+
+    Raises:
+        CompileError: the compiler refuses.
+    """
+    digest = hashlib.sha256(identity_of(spec, config, device).encode()).hexdigest()[:24]
+    path = folder / f"{digest}.json"
+    if path.exists():
+        return tuple(map(KernelFeatures.from_dict, json.loads(path.read_text())))
+    features = compile_features(spec, config, device)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps([kernel.as_dict() for kernel in features]))
+    os.replace(temporary, path)
+    return features
+
+
+def _compile_ahead(specs: Sequence[LLASpec], config: KernelConfig, device: DeviceInfo, folder: Path) -> None:
+    for spec in specs:
+        features_of(spec, config, device, folder)
