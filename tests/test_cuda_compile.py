@@ -4,12 +4,12 @@ import importlib.util
 from dataclasses import dataclass, replace
 
 import pytest
-from cubin import Cubin
 
 from lla_compile import backends
 from lla_compile.backends.cuda import compiler, gram_kernels, nvrtc
 from lla_compile.devices import DeviceInfo, known_devices, resolve
 from lla_compile.plans import KernelConfig
+from lla_compile.prediction.cubin import Cubin
 from lla_compile.spec import LLASpec
 
 
@@ -94,7 +94,10 @@ def compiled(tmp_path_factory):
     def compile_case(case: Case) -> list[Cubin]:
         if case not in known:
             known[case] = [
-                Cubin(kernel.name, kernel.shared, compile_kernel(kernel, case.device.compute_capability))
+                Cubin(
+                    kernel.name, kernel.threads // 32, kernel.shared,
+                    compile_kernel(kernel, case.device.compute_capability),
+                )  # fmt: skip
                 for kernel in gram_kernels.kernels(case.spec, case.config, case.device)
             ]
         return known[case]
