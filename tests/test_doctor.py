@@ -177,7 +177,8 @@ def test_a_backend_that_does_not_import_is_named(monkeypatch):
 
     monkeypatch.setattr(backends, "get", get)
     usable, refused = doctor._backends(resolve("h200"))
-    assert list(usable) == ["eager"] and refused == {"triton": "it does not import: no module named triton"}
+    why = "it does not import: no module named triton"
+    assert list(usable) == ["eager"] and refused == {"triton": why, "cuda": why}
 
 
 def test_an_unknown_device_is_a_usage_error(capsys):
