@@ -54,14 +54,18 @@ class Efficiency:
 # Where a fit begins: what profiles of single kernels suggest.
 START = Efficiency()
 
-# What has not been fitted is as it began: see benchmarks/results/nvidia-h200/prediction.json for what has.
+# As in benchmarks/results/nvidia-h200/prediction.json.
 BY_PHASE = {
     "forward": Efficiency(
         tensor=1.0, legacy_tensor=0.9436, issue=0.4544, shared=0.3678, l2_bytes=18.41, dram=1.0, cpi=1.219, wait=29.11,
         barrier=3.213, load=1019.0, local=15.9, overlap=3.443, update=20.9, block=3680.0, straight=9.74,
         launch_us=6.44, host_us=19.36,
     ),
-    "backward": START,
+    "backward": Efficiency(
+        tensor=0.9278, legacy_tensor=0.8931, issue=0.4529, shared=0.9537, l2_bytes=170.8, dram=0.4446, cpi=0.9743,
+        wait=29.06, barrier=4.041, load=422.2, local=2.47, overlap=2.299, update=16.28, block=3046.0, straight=6.132,
+        launch_us=2.391, host_us=30.74,
+    ),
     "decode": Efficiency(
         tensor=0.9686, legacy_tensor=0.5833, issue=1.0, shared=0.9859, l2_bytes=56.0, dram=1.0, cpi=2.092, wait=57.15,
         barrier=2.262, load=170.9, local=2.974, overlap=4.863, update=10.1, block=1929.0, straight=9.294,
