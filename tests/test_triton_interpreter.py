@@ -22,7 +22,7 @@ NAMES = [
 def results(tmp_path_factory) -> tuple[dict[str, list[str]], str]:
     """For each test function the failures of its cases ("" for a case that passed), and the processes' output."""
     folder = tmp_path_factory.mktemp("interpreter")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider"]
     started = {
         folder / f"{path.stem}.xml": subprocess.Popen(
             [*command, str(path), f"--junitxml={folder / path.stem}.xml"],
