@@ -5,24 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Mapping
 
+from lla_compile.backends import gram_limits
 from lla_compile.backends.cuda import gram_kernels
+from lla_compile.backends.tiles import padded_width
 from lla_compile.plans import KernelConfig
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
     from lla_compile.spec import LLASpec
 
-# Wider heads have covariances that one multiprocessor cannot hold in registers.
-MAX_HEAD_DIM = 128
-_CG_MAX_ITERS = 256
 # (block_k, num_stages) with wgmma and without, best first; the first that fits is taken.
 _PREFERENCE = {True: ((64, 6), (64, 5), (64, 4)), False: ((64, 4), (64, 3), (32, 4), (32, 3), (16, 3))}
-_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 # While a tile is multiplied the next one is weighed, and with wgmma yet another one made ready; one more is copied.
 _LEAST_STAGES = {True: 4, False: 3}
 # Rows of wgmma's swizzled operands repeat after 1024 bytes, which a stage must not cut.
 _LEAST_BLOCK_K = {True: 32, False: 16}
-_LEAST_KEYS_OF_A_PART = 256
 # Of a thread when a block starts; by rows, as gram_pass_wgmma.cu has them from its bounds.
 _WGMMA_REGISTERS = {64: 128, 128: 168}
 _MOST_REGISTERS = 256
@@ -33,14 +30,7 @@ def unsupported(spec: LLASpec) -> str | None:
     """Why no configuration can run the spec, or None."""
     if spec.phase != "decode":
         return f"it has kernels for decoding only, not for phase {spec.phase}"
-    if spec.dtype not in ("float16", "bfloat16"):
-        return f"decoding has no {spec.dtype} kernel; the eager backend runs it"
-    widest = max(spec.head_dim, spec.head_dim_v)
-    if widest > MAX_HEAD_DIM:
-        return (
-            f"decoding holds covariances of at most {MAX_HEAD_DIM} dimensions, got {widest}; the eager backend runs it"
-        )
-    return None
+    return gram_limits.unsupported(spec)
 
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
@@ -55,31 +45,29 @@ def alternatives(spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
 
 
 def _default(spec: LLASpec, device: DeviceInfo, num_warps: int) -> KernelConfig:
-    width = gram_kernels.padded_width(spec.head_dim)
+    width = padded_width(spec.head_dim)
     for block_k, num_stages in _PREFERENCE[num_warps == gram_kernels.group_warps(spec)]:
         config = KernelConfig(
-            "cuda", "gram", 1, block_k, _CG_MAX_ITERS, num_warps, num_stages, num_splits=1, block_d=width
+            "cuda", "gram", 1, block_k, gram_limits.CG_MAX_ITERS, num_warps, num_stages, num_splits=1, block_d=width
         )
         if infeasible(spec, config, device) is None:
             break
     programs = max(spec.batch * spec.num_heads * spec.seqlen_q, 1)
-    wanted = device.sms * _resident(spec, config, device) // programs
-    wanted = min(wanted, -(-spec.visible_seqlen // _LEAST_KEYS_OF_A_PART), gram_kernels.MAX_SPLITS)
-    return replace(config, num_splits=max(wanted, 1))
+    blocks = device.sms * _resident(spec, config, device)
+    return replace(config, num_splits=gram_limits.splits_that_fill(spec, blocks // programs))
 
 
 def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     """Values worth trying; how many warps there are says which kernel it is, see :mod:`gram_kernels`."""
-    longest = max(spec.visible_seqlen // 64, 1)
     return {
         "schedule": ("gram",),
         "block_q": (1,),
         "block_k": (32, 64),
         "num_warps": gram_kernels.warp_counts(spec, device),
         "num_stages": (3, 4, 5, 6),
-        "cg_max_iters": (_CG_MAX_ITERS,),
-        "num_splits": tuple(splits for splits in _SPLITS if splits <= longest),
-        "block_d": (gram_kernels.padded_width(spec.head_dim),),
+        "cg_max_iters": (gram_limits.CG_MAX_ITERS,),
+        "num_splits": gram_limits.split_counts(spec),
+        "block_d": (padded_width(spec.head_dim),),
     }
 
 
@@ -87,11 +75,11 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     """The limit that ``config`` breaks on ``device``, in words, or None."""
     if why := unsupported(spec):
         return why
-    width = gram_kernels.padded_width(spec.head_dim)
+    width = padded_width(spec.head_dim)
     if config.schedule != "gram" or config.block_q != 1:
         return f"decoding has schedule gram with block_q 1, got {config.schedule} with {config.block_q}"
-    if not config.num_splits or not 1 <= config.num_splits <= gram_kernels.MAX_SPLITS:
-        return f"num_splits must be from 1 to {gram_kernels.MAX_SPLITS}, got {config.num_splits}"
+    if not config.num_splits or not 1 <= config.num_splits <= gram_limits.MAX_SPLITS:
+        return f"num_splits must be from 1 to {gram_limits.MAX_SPLITS}, got {config.num_splits}"
     if config.block_d != width:
         return f"a block holds all {width} rows of the covariances, got block_d {config.block_d}"
     wgmma = gram_kernels.uses_wgmma(spec, config)

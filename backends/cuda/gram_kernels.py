@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Mapping
 
+from lla_compile.backends.gram_limits import MAX_SPLITS
+from lla_compile.backends.tiles import padded_width
 from lla_compile.precision import split_terms
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
     from lla_compile.plans import KernelConfig
     from lla_compile.spec import LLASpec
 
-MAX_SPLITS = 64
 # `accurate` weighs the keys of a query that sees at most so many in two terms. Where few keys share the weight, their
 # rounding does not average out: in one term the error at ridge 0.01 is 2.5e-3 at 2000 keys, 2.3e-3 at 4000.
 _TWO_TERMS_UP_TO = 3072
@@ -51,11 +52,6 @@ class Kernel:
     threads: int
     shared: int
     defines: Mapping[str, str] = field(hash=False)
-
-
-def padded_width(head_dim: int) -> int:
-    """Columns of a tile that holds ``head_dim``: a power of two, at least the 16 of a matrix instruction."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def warp_counts(spec: LLASpec, device: DeviceInfo) -> tuple[int, ...]:

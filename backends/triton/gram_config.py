@@ -5,19 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Mapping
 
+from lla_compile.backends.gram_limits import CG_MAX_ITERS, MAX_SPLITS, split_counts, splits_that_fill, unsupported
 from lla_compile.backends.triton.resources import interpreting, is_tcgen05, padded_width, refused_on_tcgen05
 from lla_compile.plans import KernelConfig
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
     from lla_compile.spec import LLASpec
-
-# Wider heads have covariances that one multiprocessor cannot hold.
-MAX_HEAD_DIM = 128
-MAX_SPLITS = 64
-# A tolerance of 10^-3.5 takes under 20 iterations where keys are many and up to 200 where they are about as many as
-# dimensions.
-_CG_MAX_ITERS = 256
 
 # (block_d, block_k, num_warps, num_stages), best first; the first that fits is taken. With wgmma a warpgroup owns 64
 # rows; without, operands come through registers, and larger tiles spill.
@@ -26,23 +20,11 @@ _PREFERENCE = {
     False: ((64, 16, 8, 3), (64, 16, 8, 2), (64, 16, 4, 1)),
 }
 _BLOCK_K = {True: (32, 64), False: (16, 32, 64)}
-_SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _NARROW = 16  # columns of the products that only sum
 _REGISTERS_BESIDE_TILES = 40
 _MAX_REGISTERS = 255
 _BARRIER_BYTES = 512
 _EPILOGUE_BYTES = 256  # a held row, to lay accumulators out for their store
-_LEAST_KEYS_OF_A_PART = 256
-
-
-def unsupported(spec: LLASpec) -> str | None:
-    """Why no configuration can run the spec, or None."""
-    if spec.dtype not in ("float16", "bfloat16"):
-        return f"gram has no {spec.dtype} kernel"
-    widest = max(spec.head_dim, spec.head_dim_v)
-    if widest > MAX_HEAD_DIM:
-        return f"gram holds covariances of at most {MAX_HEAD_DIM} dimensions, got {widest}"
-    return None
 
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
@@ -51,29 +33,27 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     for block_d, block_k, num_warps, num_stages in _PREFERENCE[_has_wgmma(device)]:
         block_d = min(block_d, width)
         config = KernelConfig(
-            "triton", "gram", 1, block_k, _CG_MAX_ITERS, min(num_warps, max(width // 16, 1)), num_stages,
+            "triton", "gram", 1, block_k, CG_MAX_ITERS, min(num_warps, max(width // 16, 1)), num_stages,
             num_splits=1, block_d=block_d,
         )  # fmt: skip
         if infeasible(spec, config, device) is None:
             break
     programs = max(spec.batch * spec.num_heads * spec.seqlen_q * (width // config.block_d), 1)
     resident = max(device.sms, 1) * (1 if width > 64 else 2)
-    wanted = min(resident // programs, -(-spec.visible_seqlen // _LEAST_KEYS_OF_A_PART), MAX_SPLITS)
-    return replace(config, num_splits=max(wanted, 1))
+    return replace(config, num_splits=splits_that_fill(spec, resident // programs))
 
 
 def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     """Values worth trying."""
     width = padded_width(spec.head_dim)
-    longest = max(spec.visible_seqlen // 64, 1)
     return {
         "schedule": ("gram",),
         "block_q": (1,),
         "block_k": _BLOCK_K[_has_wgmma(device)],
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
-        "cg_max_iters": (_CG_MAX_ITERS,),
-        "num_splits": tuple(splits for splits in _SPLITS if splits <= longest),
+        "cg_max_iters": (CG_MAX_ITERS,),
+        "num_splits": split_counts(spec),
         "block_d": tuple({min(width, 64), width}),
     }
 

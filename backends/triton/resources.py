@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Iterator
 
+from lla_compile.backends.tiles import padded_width
 from lla_compile.expr import Kind
 from lla_compile.lowering import lower
 from lla_compile.precision import split_terms
@@ -31,11 +32,6 @@ _FUSED_ON_TCGEN05 = (3, 9)  # 3.6 fails in its tensor-memory layout pass; the ve
 def interpreting() -> bool:
     """Whether TRITON_INTERPRET asks Triton to run kernels on the CPU, where no limit of a GPU holds."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def padded_width(head_dim: int) -> int:
-    """Columns of a tile that holds ``head_dim``: a power of two, at least the 16 of a matrix instruction."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def one_sum_a_sweep(spec: LLASpec) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Mapping
 
+from lla_compile.backends.gram_limits import CG_MAX_ITERS
 from lla_compile.backends.triton import resources
 from lla_compile.plans import KernelConfig
 
@@ -12,7 +13,6 @@ if TYPE_CHECKING:
     from lla_compile.spec import LLASpec
 
 _MIN_ROWS = 16  # of a matrix instruction: a group with fewer queries leaves some idle
-_CG_MAX_ITERS = 256  # as for `gram`: see gram_config
 # (block_k, num_warps, num_stages), best first; the first that fits is taken. float32 products of 64 keys would spill.
 _PREFERENCE = ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (32, 4, 1), (16, 4, 2), (16, 4, 1))
 
@@ -20,7 +20,7 @@ _PREFERENCE = ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (32, 4, 1), (16, 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """One tile of as few rows as the queries of a group need."""
     for block_k, num_warps, num_stages in _PREFERENCE[2 if spec.dtype == "float32" else 0 :]:
-        config = KernelConfig("triton", "fused", _row_blocks(spec)[0], block_k, _CG_MAX_ITERS, num_warps, num_stages)
+        config = KernelConfig("triton", "fused", _row_blocks(spec)[0], block_k, CG_MAX_ITERS, num_warps, num_stages)
         if infeasible(spec, config, device) is None:
             break
     return config
@@ -34,7 +34,7 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
         "block_k": (32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
-        "cg_max_iters": (_CG_MAX_ITERS,),
+        "cg_max_iters": (CG_MAX_ITERS,),
     }
 
 

@@ -23,32 +23,16 @@ def make_entry(
     problem: Problem, space: SearchSpace, decision: Decision, records: Sequence[Record], seed: int
 ) -> Entry:
     """The database entry of a decided search."""
-    bucket, outcome = bucket_of_spec(problem.spec), decision.outcome
-    backend = space.backends[decision.config.backend]
-    result = round_result(outcome, decision.default_ms)
+    result = round_result(decision.outcome, decision.default_ms)
     if (streaming := decision.streaming) is not None:
         result["streaming"] = {
             "plan": streaming.config.as_dict(),
             "median_ms": round(streaming.median_ms, 6),
             "iterations": round(streaming.iterations, 2),
-            "kernel_hash": space.backends[streaming.config.backend].source_hash(problem.spec, streaming.config),
+            "kernel_hash": _kernel_hash(problem, space, streaming.config),
         }
-    return Entry(
-        key=key_of(problem.spec),
-        valid=validity(bucket, problem.spec.phase),
-        tuned=bucket,
-        config=decision.config,
-        provenance="measured",
-        result=result,
-        search={
-            "trials": decision.trials,
-            "failed": failures(records),
-            "seed": seed,
-            "date": decision.date,
-            "kernel_hash": backend.source_hash(problem.spec, decision.config),
-        },
-        toolchain=toolchain(problem.torch_device.type),
-    )
+    found = _search_of(problem, space, decision, records, seed)
+    return _entry(problem, decision, "measured", result, found, toolchain(problem.torch_device.type))
 
 
 def round_result(outcome: Outcome, default_ms: float | None) -> dict:
@@ -68,27 +52,43 @@ def make_predicted_entry(
     problem: Problem, space: SearchSpace, decision: Decision, records: Sequence[Record], seed: int
 ) -> Entry:
     """The same of a search whose times were predicted: they are called so, and there is no error."""
-    bucket, backend = bucket_of_spec(problem.spec), space.backends[decision.config.backend]
     result = {"predicted_ms": float(f"{decision.outcome.median_ms:.4g}")}
     if decision.default_ms is not None:
         result["predicted_default_ms"] = float(f"{decision.default_ms:.4g}")
+    found = _search_of(problem, space, decision, records, seed) | {"model_version": efficiency.VERSION}
+    return _entry(problem, decision, "predicted", result, found, compilers())
+
+
+def _entry(
+    problem: Problem, decision: Decision, provenance: str, result: dict, search: dict, versions: dict[str, str]
+) -> Entry:
+    bucket = bucket_of_spec(problem.spec)
     return Entry(
         key=key_of(problem.spec),
         valid=validity(bucket, problem.spec.phase),
         tuned=bucket,
         config=decision.config,
-        provenance="predicted",
+        provenance=provenance,
         result=result,
-        search={
-            "trials": decision.trials,
-            "failed": failures(records),
-            "seed": seed,
-            "date": decision.date,
-            "kernel_hash": backend.source_hash(problem.spec, decision.config),
-            "model_version": efficiency.VERSION,
-        },
-        toolchain=compilers(),
+        search=search,
+        toolchain=versions,
     )
+
+
+def _search_of(
+    problem: Problem, space: SearchSpace, decision: Decision, records: Sequence[Record], seed: int
+) -> dict:
+    return {
+        "trials": decision.trials,
+        "failed": failures(records),
+        "seed": seed,
+        "date": decision.date,
+        "kernel_hash": _kernel_hash(problem, space, decision.config),
+    }
+
+
+def _kernel_hash(problem: Problem, space: SearchSpace, config: KernelConfig) -> str:
+    return space.backends[config.backend].source_hash(problem.spec, config)
 
 
 def validity(bucket: Bucket, phase: str) -> dict[str, tuple[int, int]]:
