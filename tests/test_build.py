@@ -1,6 +1,7 @@
 """Kernels built ahead of time: what `lla-compile build` writes, and how a machine without a compiler takes it."""
 
 import pytest
+from compiled import NEEDS_NVRTC
 from tuned import make_entry
 
 from lla_compile import backends, cli
@@ -16,14 +17,7 @@ SPEC = LLASpec.decoding("bfloat16", 16, 1024, 8)
 KEY = TuningKey("lla", "decode", "bfloat16", 16, 16, "accurate", True, 1)
 
 
-def _has_nvrtc() -> bool:
-    try:
-        return bool(nvrtc.load())
-    except ImportError:
-        return False
-
-
-pytestmark = pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC is not installed")
+pytestmark = NEEDS_NVRTC
 
 
 @pytest.fixture(autouse=True)

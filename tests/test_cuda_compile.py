@@ -4,49 +4,28 @@ import importlib.util
 from dataclasses import dataclass, replace
 
 import pytest
+from compiled import NEEDS_NVRTC, DecodeCase, decode_spec
 
 from lla_compile import backends
 from lla_compile.backends.cuda import compiler, gram_kernels, nvrtc
-from lla_compile.devices import DeviceInfo, known_devices, resolve
+from lla_compile.devices import known_devices, resolve
 from lla_compile.plans import KernelConfig
 from lla_compile.prediction.cubin import Cubin
-from lla_compile.spec import LLASpec
 
 
-def _has_nvrtc() -> bool:
-    try:
-        return bool(nvrtc.load())
-    except ImportError:
-        return False
-
-
-NEEDS_NVRTC = pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC is not installed")
 NEEDS_CUOBJDUMP = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton brings cuobjdump")
 BACKEND = backends.get("cuda")
 GPUS = [device for device in known_devices() if not device.is_cpu]
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(DecodeCase):
     """The heuristic default of a device, or the pass with so many warps."""
 
-    gpu: str
-    head_dim: int
-    dtype: str = "bfloat16"
-    page_size: int | None = None
     num_warps: int | None = None
 
     def __str__(self) -> str:
-        paged = "paged" if self.page_size else "dense"
-        return f"{self.gpu}-{self.head_dim}-{self.dtype}-{paged}" + (f"-{self.num_warps}" if self.num_warps else "")
-
-    @property
-    def device(self) -> DeviceInfo:
-        return resolve(self.gpu)
-
-    @property
-    def spec(self) -> LLASpec:
-        return make_spec(self.dtype, self.head_dim, page_size=self.page_size)
+        return super().__str__() + (f"-{self.num_warps}" if self.num_warps else "")
 
     @property
     def config(self) -> KernelConfig:
@@ -58,11 +37,6 @@ class Case:
     @property
     def uses_wgmma(self) -> bool:
         return gram_kernels.uses_wgmma(self.spec, self.config)
-
-
-def make_spec(dtype: str, head_dim: int, head_dim_v: int | None = None, **fields) -> LLASpec:
-    sizes = dict(batch=2, num_heads=16, num_kv_heads=16, seqlen_q=1, seqlen_k=4096, phase="decode")
-    return LLASpec(dtype, head_dim, head_dim_v or head_dim, **sizes | fields)
 
 
 CASES = [
@@ -144,7 +118,7 @@ def test_the_pass_uses_the_tensor_cores(case, compiled):
 def test_heuristic_default_is_feasible(device, dtype, head_dim):
     for head_dim_v in (head_dim, 5, 128):
         for fields in (dict(), dict(page_size=16), dict(precision="fast"), dict(num_kv_heads=4, seqlen_q=16)):
-            spec = make_spec(dtype, head_dim, head_dim_v, **fields)
+            spec = decode_spec(dtype, head_dim, head_dim_v, **fields)
             assert BACKEND.infeasible(spec, BACKEND.default_config(spec, device), device) is None
 
 
@@ -171,12 +145,12 @@ def test_infeasible_says_why(knobs, part):
     (dict(head_dim=129), "at most 128"),
 ])  # fmt: skip
 def test_unsupported_says_why(fields, part):
-    spec = replace(make_spec("bfloat16", 64), **fields)
+    spec = replace(decode_spec("bfloat16", 64), **fields)
     assert part in BACKEND.unsupported(spec, resolve("h200"))
 
 
 def test_other_devices_are_refused():
-    spec = make_spec("bfloat16", 64)
+    spec = decode_spec("bfloat16", 64)
     assert "not an NVIDIA GPU" in BACKEND.unsupported(spec, resolve("cpu"))
     old = replace(resolve("a100"), compute_capability="7.5")
     assert "7.5 < 8.0" in BACKEND.unsupported(spec, old)

@@ -8,13 +8,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import pytest
-from compiled import cubin_of
+from compiled import DecodeCase, cubin_of, decode_spec
 
 from lla_compile import backends
-from lla_compile.devices import DeviceInfo, known_devices, resolve
+from lla_compile.devices import known_devices
 from lla_compile.plans import KernelConfig
 from lla_compile.prediction.cubin import Cubin
-from lla_compile.spec import LLASpec
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -27,33 +26,12 @@ UNUSED = {"scale_ptr", "ridge_ptr", "iterations_ptr", "final_residual_ptr"}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(DecodeCase):
     """The heuristic default of a device."""
-
-    gpu: str
-    head_dim: int
-    dtype: str = "bfloat16"
-    page_size: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.gpu}-{self.head_dim}-{self.dtype}-{'paged' if self.page_size else 'dense'}"
-
-    @property
-    def device(self) -> DeviceInfo:
-        return resolve(self.gpu)
-
-    @property
-    def spec(self) -> LLASpec:
-        return make_spec(self.dtype, self.head_dim, page_size=self.page_size)
 
     @property
     def config(self) -> KernelConfig:
         return BACKEND.default_config(self.spec, self.device)
-
-
-def make_spec(dtype: str, head_dim: int, head_dim_v: int | None = None, **fields) -> LLASpec:
-    sizes = dict(batch=2, num_heads=16, num_kv_heads=16, seqlen_q=1, seqlen_k=4096, phase="decode")
-    return LLASpec(dtype, head_dim, head_dim_v or head_dim, **sizes | fields)
 
 
 CASES = [
@@ -158,7 +136,7 @@ def test_a_compile_error_is_one_line():
 def test_heuristic_default_is_feasible(device, dtype, head_dim):
     for head_dim_v in (head_dim, 5, 128):
         for fields in (dict(), dict(page_size=16), dict(precision="fast"), dict(num_kv_heads=4, seqlen_q=16)):
-            spec = make_spec(dtype, head_dim, head_dim_v, **fields)
+            spec = decode_spec(dtype, head_dim, head_dim_v, **fields)
             reason = BACKEND.infeasible(spec, BACKEND.default_config(spec, device), device)
             assert reason is None or reason.startswith("Triton before")
             assert BACKEND.unsupported(spec, device) == (reason and f"no configuration fits: {reason}")
