@@ -30,6 +30,7 @@ _GROUP_ROWS = 64
 _VECTORS_AT = 16  # the kernels' constant of the same name, as are the numbers below
 _MERGE_THREADS = 256
 _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
+_MOST_SOLVE_BLOCKS = 2  # on a multiprocessor: with more their registers do not hold the matrix
 _PART_BYTES = 112
 
 
@@ -90,25 +91,22 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
         "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": _TWO_TERMS_UP_TO,
         "HEADROOM": f"{_HEADROOM[spec.dtype]}.0f",
     }  # fmt: skip
-    source, shared = (
+    source, pass_shared = (
         ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)
     )
     launches = [
         Kernel(
             "gram_pass", source, (queries * config.num_splits, 1), 32 * config.num_warps,
-            shared(config, width, width_v), _text(common | passed),
+            pass_shared(config, width, width_v), _text(common | passed),
         )
     ]  # fmt: skip
     if config.num_splits > 1:
         grid = queries, -(-part_numel(spec) // _MERGE_THREADS)
         launches.append(Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common)))
-    direct = {"DIRECT_AFTER": DIRECT_AFTER}
-    launches.append(
-        Kernel(
-            "gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, _solve_shared(width, width_v),
-            _text(common | direct),
-        )
-    )  # fmt: skip
+    shared = _solve_shared(width, width_v)
+    blocks = min(max(device.shared_memory_per_sm // shared, 1), _MOST_SOLVE_BLOCKS)
+    solved = _text(common | {"DIRECT_AFTER": DIRECT_AFTER, "SOLVE_BLOCKS": blocks})
+    launches.append(Kernel("gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, shared, solved))
     return tuple(launches)
 
 

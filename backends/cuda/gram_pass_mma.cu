@@ -98,8 +98,15 @@ DEVICE void sum_part(Sums& sums, Weights& weights, Shared& shared, const Part& p
         if (tile >= tiles) return;
         uint32_t stage = shared_address(shared.stages[tile % STAGES]);
         for (int first = 16 * warp; first < BLOCK_K; first += 16 * WARPS) {
-            int tile_start = part.start + tile * BLOCK_K;
-            weights.weigh(shared.weights[tile % 2], stage, tile_start, first, part, shared.scratch.query, lane);
+            float dots[2];
+            dot_products(dots, stage, first, shared.scratch.query, lane);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                int key = first + lane / 4 + 8 * i;
+                bool counts = lane % 4 == 0;
+                float weight = weights.weigh(dots[i], part.start + tile * BLOCK_K + key, part, counts);
+                if (counts) shared.weights[tile % 2][key] = weight;
+            }
         }
     };
 

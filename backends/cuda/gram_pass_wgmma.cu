@@ -24,7 +24,7 @@ struct Shared {
     uint64_t full[STAGES], empty[STAGES];  // a stage is weighed; nobody needs it any more
     Part part;
     float weights[STAGES][BLOCK_K];
-    float value_sums[4][BLOCK_DV];
+    float value_sums[4][BLOCK_DV];  // of each warp
     Scratch scratch;
 };
 
@@ -45,66 +45,143 @@ DEVICE void arrive_as_warp(uint64_t* barrier, int lane) {
 
 // ---- the warps that copy and weigh ----
 
-struct CopyTurns {
-    Turn copied, weighed;
+// They compute in the ordinary units: products of the others fill the queue of the matrix units, and every instruction
+// that needs its result at once would wait behind them.
+
+// The query as the lanes that share a key have it: of every panel the chunk of the lane's number.
+struct QueryChunks {
+    static constexpr int COUNT = KeyTile::BLOCK_WIDTH / KeyTile::PANEL, LANES = KeyTile::PANEL_CHUNKS;
+    float x[COUNT][CHUNK];
+
+    DEVICE QueryChunks(const uint16_t* query, int lane) {
+#pragma unroll
+        for (int n = 0; n < COUNT * CHUNK; ++n) {
+            x[n / CHUNK][n % CHUNK] = low_half(query[n / CHUNK * KeyTile::PANEL + lane % LANES * CHUNK + n % CHUNK]);
+        }
+    }
+
+    DEVICE float times(uint32_t key_tile, int key, int lane) const {
+        float sums[2] = {};
+#pragma unroll
+        for (int panel = 0; panel < COUNT; ++panel) {
+            uint32_t pairs[CHUNK / 2];
+            load_shared_16(pairs, key_tile + KeyTile::offset(key, panel * LANES + lane % LANES));
+#pragma unroll
+            for (int i = 0; i < CHUNK / 2; ++i) {
+                sums[0] += low_half(pairs[i]) * x[panel][2 * i];
+                sums[1] += high_half(pairs[i]) * x[panel][2 * i + 1];
+            }
+        }
+        return sums[0] + sums[1];
+    }
+};
+
+// Sixteen keys of a warp, four at a time, eight lanes to each: which of them a lane ends up with, as another one does.
+DEVICE int key_of_lane(int lane) { return 8 * (lane / 4 % 2) + 4 * (lane / 2 % 2) + lane / 8; }
+
+DEVICE float dot_product_of_lane(const QueryChunks& query, uint32_t key_tile, int first, int lane) {
+    float dots[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) dots[i] = query.times(key_tile, first + 4 * i + lane / 8, lane);
+    // Each exchange leaves half of the sums, then there is one.
+#pragma unroll
+    for (int half = 2; half; half /= 2) {
+        bool upper = lane & 2 * half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            float sent = upper ? dots[i] : dots[i + half];
+            dots[i] = (upper ? dots[i + half] : dots[i]) + from_lane_xor(sent, 2 * half);
+        }
+    }
+    return dots[0] + from_lane_xor(dots[0], 1);
+}
+
+// Weighted values of the keys that a lane looks at: the chunk of its number among lanes that share a key.
+struct ValueChunk {
+    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES;
+    float x[CHUNK] = {};
+
+    DEVICE void add(const float* weights, uint32_t value_tile, int first, int lane) {
+#pragma unroll
+        for (int i = 0; i < 16; i += KEYS) {
+            int key = first + i + lane / LANES;
+            float weight = weights[key];
+            uint32_t pairs[CHUNK / 2];
+            load_shared_16(pairs, value_tile + ValueTile::offset(key, lane % LANES));
+#pragma unroll
+            for (int n = 0; n < CHUNK / 2; ++n) {
+                x[2 * n] += weight * low_half(pairs[n]);
+                x[2 * n + 1] += weight * high_half(pairs[n]);
+            }
+        }
+    }
+
+    // The sums of all lanes of the warp.
+    DEVICE void store(float* to, int lane) {
+#pragma unroll
+        for (int n = 0; n < CHUNK; ++n) {
+#pragma unroll
+            for (int mask = LANES; mask < 32; mask *= 2) x[n] += from_lane_xor(x[n], mask);
+            if (lane < LANES) to[lane * CHUNK + n] = x[n];
+        }
+    }
 };
 
 // The number of the thread within the group.
 DEVICE int copy_thread() { return thread_anew() % GROUP; }
 
-DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared) {
-    const Part& part = shared.part;
-    int tiles = part.tiles();
-    float value_sums[BLOCK_DV / 16][4] = {};
+struct Copies {
+    Turn turn;
 
-    auto copy = [&](int tile) {
-        if (tile < tiles) {
-            wait_phase(&shared.empty[turns.copied.stage], turns.copied.parity ^ 1);
-            uint32_t stage = shared_address(shared.stages[turns.copied.stage]);
+    // Start to copy a tile of the part, if there is one.
+    DEVICE void start(int tile, Shared& shared) {
+        const Part& part = shared.part;
+        if (tile < part.tiles()) {
+            wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
+            uint32_t stage = shared_address(shared.stages[turn.stage]);
             copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), copy_thread());
-            turns.copied.next();
+            turn.next();
         }
         commit_copies();
-    };
+    }
 
+    // The first tiles of a pass over the keys.
+    DEVICE void begin(Shared& shared) {
 #pragma unroll 1
-    for (int tile = -AHEAD; tile < tiles; ++tile) {
-        copy(tile + AHEAD);
-        if (tile < 0) continue;
+        for (int tile = 0; tile < AHEAD; ++tile) start(tile, shared);
+    }
+};
+
+// All tiles of the part; the first ones are on their way.
+DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) {
+    const Part& part = shared.part;
+    int tiles = part.tiles();
+    QueryChunks query(shared.scratch.query, copy_thread());
+    ValueChunk values;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+        copies.start(tile + AHEAD, shared);
         wait_copies<AHEAD>();
         sync_some<1, GROUP>();  // the tile is there for all of the group
-        uint32_t stage = shared_address(shared.stages[turns.weighed.stage]);
-        float* stage_weights = shared.weights[turns.weighed.stage];
-#pragma unroll
-        for (int at = 0; at < BLOCK_K; at += 64) {
-            int lane = copy_thread() % 32;
-            int first = at + copy_thread() / 32 * 16;
-            if (BLOCK_K % 64 && first >= BLOCK_K) break;
-            weights.weigh(stage_weights, stage, part.start + tile * BLOCK_K, first, part, shared.scratch.query, lane);
+        uint32_t stage = shared_address(shared.stages[turn.stage]);
+        float* stage_weights = shared.weights[turn.stage];
+        int thread = copy_thread(), lane = thread % 32, first = thread / 32 * 16;
+        if (BLOCK_K % 64 == 0 || first < BLOCK_K) {
+            float dot = dot_product_of_lane(query, stage, first, lane);
+            int key = first + key_of_lane(lane);
+            bool counts = lane % 2 == 0;
+            float weight = weights.weigh(dot, part.start + tile * BLOCK_K + key, part, counts);
+            if (counts) stage_weights[key] = weight;
             sync_warp();
-            uint32_t columns[2];
-            FourWeights(stage_weights + first, lane).as_columns(columns, lane);
-#pragma unroll
-            for (int m = 0; m < BLOCK_DV / 16; ++m) {
-                uint32_t a[4];
-                load_matrices_transposed(a, stage + KeyTile::BYTES + left_operand<ValueTile>(first, 16 * m, lane));
-                multiply_add(value_sums[m], a, columns[0], columns[1]);
-            }
+            values.add(stage_weights, stage + KeyTile::BYTES, first, lane);
         }
-        arrive_as_warp(&shared.full[turns.weighed.stage], copy_thread() % 32);
-        turns.weighed.next();
+        arrive_as_warp(&shared.full[turn.stage], lane);
+        turn.next();
     }
     wait_copies<0>();
 
-    int thread = copy_thread(), warp = thread / 32, lane = thread % 32;
-    if (lane % 4 == 0) {
-#pragma unroll
-        for (int m = 0; m < BLOCK_DV / 16; ++m) {
-            float* to = shared.value_sums[warp] + 16 * m + lane / 4;
-            to[0] = value_sums[m][0] + value_sums[m][1];
-            to[8] = value_sums[m][2] + value_sums[m][3];
-        }
-    }
+    int thread = copy_thread();
+    values.store(shared.value_sums[thread / 32], thread % 32);
     sync_some<1, GROUP>();
     const float(&sums)[4][BLOCK_DV] = shared.value_sums;
     for (int d = thread; d < BLOCK_DV; d += GROUP) {
@@ -117,7 +194,7 @@ DEVICE void copy_and_weigh(CopyTurns& turns, Weights& weights, Shared& shared) {
 struct Sums {
     float keys[BLOCK_D / 8][4];
     float values[BLOCK_DV / 8][4];
-    float row[4];  // of the weighted keys alone
+    float row[2];  // of the weighted keys alone, of the thread's own columns
 };
 
 // Wait for the tile and make its weighted keys, sixteen rows of them, and their sum.
@@ -133,8 +210,9 @@ DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Sums& sums, Sha
         FourWeights four(shared.weights[turn.stage] + 16 * step, lane);
         weigh_keys(weighted[step], tile + left_operand<KeyTile>(16 * step, row, lane), four, shift);
 #pragma unroll
-        for (int term = 0; term < COUNT; ++term) {
-            multiply_add(sums.row, weighted[step][term], PAIR_OF_ONES, PAIR_OF_ONES);
+        for (int n = 0; n < 4 * COUNT; ++n) {
+            uint32_t pair = weighted[step][n / 4][n % 4];
+            sums.row[n % 2] += low_half(pair) + high_half(pair);
         }
     }
 }
@@ -228,9 +306,11 @@ DEVICE void store_sums(Sums& sums, float* state, int row, int lane) {
     }
     store_rows<BLOCK_D>(state + KEYS_AT, sums.keys, row + lane / 4, lane);
     store_rows<BLOCK_DV>(state + VALUES_AT, sums.values, row + lane / 4, lane);
-    if (lane % 4 == 0) {
-        state[KEY_SUM_AT + row + lane / 4] = sums.row[0];
-        state[KEY_SUM_AT + row + lane / 4 + 8] = sums.row[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float sum = sums.row[half] + from_lane_xor(sums.row[half], 1);
+        sum += from_lane_xor(sum, 2);
+        if (lane % 4 == 0) state[KEY_SUM_AT + row + lane / 4 + 8 * half] = sum;
     }
 }
 
@@ -250,14 +330,17 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
         if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
         return;
     }
-    prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread);
+    Copies copies;
+    if (warp >= ROW_WARPS) copies.begin(shared);
+    prepare<WARPS>(g, part, shared.stages[STAGES - 1], shared.scratch, thread);  // a stage that nobody copies to yet
     if (warp >= ROW_WARPS) {
         give_registers<COPY_REGISTERS>();
-        CopyTurns turns;
+        Turn turn;
         for (bool again = true; again;) {
             Weights weights(shared.scratch);
-            copy_and_weigh(turns, weights, shared);
+            weigh(copies, turn, weights, shared);
             again = finish<WARPS>(weights, part, shared.scratch);
+            if (again) copies.begin(shared);
         }
     } else {
         take_registers<ROW_REGISTERS>();

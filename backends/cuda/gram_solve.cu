@@ -75,7 +75,7 @@ DEVICE void load_moments(Shared& shared, const GramArguments& g, const QueryInde
         const int64_t(&strides)[3] = g.ridge_strides;
         ridge = g.ridge_pointer[at.batch * strides[0] + at.head * strides[1] + at.row * strides[2]];
     }
-#pragma unroll 8
+#pragma unroll 32
     for (int n = thread; n < BLOCK_D * BLOCK_D; n += SOLVE_THREADS) {
         int j = n / BLOCK_D, i = n % BLOCK_D;
         float c = there ? state[KEYS_AT + n] * inverse - shared.row_mean[j] * shared.key_mean[i] : 0;
@@ -108,7 +108,7 @@ DEVICE void store_output(Shared& shared, const GramArguments& g, const QueryInde
     to[column] = static_cast<uint16_t>(pack(out, 0));
 }
 
-KERNEL(SOLVE_THREADS, 1) gram_solve(PARAMETER GramArguments g) {
+KERNEL(SOLVE_THREADS, SOLVE_BLOCKS) gram_solve(PARAMETER GramArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     int thread = threadIdx.x;
     QueryIndex at = query_index(g, blockIdx.x);

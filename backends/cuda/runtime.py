@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
     from lla_compile.backends.cuda.gram_kernels import Kernel
 
-_MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+# Of CUfunction_attribute. All kernels ask for the same split of a multiprocessor's memory, the one with the most shared
+# memory: the driver's own choice leaves room for a single block, and a change between kernels would wait for both.
+_MAX_DYNAMIC_SHARED_SIZE, _SHARED_CARVEOUT = 8, 9
+_ALL_SHARED = 100
 
 
 @lru_cache(maxsize=None)
@@ -43,6 +46,7 @@ def load(kernel: Kernel, defines: Mapping[str, str], compute_capability: str) ->
         module.load(cubin)
         function = module.get_function(kernel.name)
         driver.funcSetAttribute(function.ptr, _MAX_DYNAMIC_SHARED_SIZE, kernel.shared)
+        driver.funcSetAttribute(function.ptr, _SHARED_CARVEOUT, _ALL_SHARED)
     except driver.CUDADriverError as error:
         raise CompileError(f"the driver refuses {kernel.name}: {error}") from error
 

@@ -102,6 +102,8 @@ inline void store_shared_16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uin
     std::memcpy(at_address(to, 16), words, 16);
 }
 
+inline void load_shared_16(uint32_t (&to)[4], uint32_t from) { std::memcpy(to, at_address(from, 16), 16); }
+
 // ---- matrix products of one warp ----
 
 template <bool TRANSPOSED>

@@ -89,23 +89,14 @@ struct Weights {
 
     DEVICE explicit Weights(const Scratch& scratch) : factor(scratch.factor), reference(scratch.reference) {}
 
-    // Weigh sixteen keys of the tile that starts at key `tile_start`.
-    DEVICE void weigh(float* weights, uint32_t key_tile, int tile_start, int first, const Part& part,
-                      const uint16_t* query, int lane) {
-        float dots[2];
-        dot_products(dots, key_tile, first, query, lane);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            int key = first + lane / 4 + 8 * i;
-            bool seen = tile_start + key >= part.first_seen && tile_start + key < part.stop;
-            float score = seen ? dots[i] * factor : -INFINITE;
-            float weight = exp2_of(score - reference);
-            largest = fmaxf(largest, score);
-            if (lane % 4 == 0) {
-                sum += weight;
-                weights[key] = weight;
-            }
-        }
+    // The weight of a key of the part, by its product with the query; `counts` for one of the threads that have it.
+    DEVICE float weigh(float dot, int key, const Part& part, bool counts) {
+        bool seen = key >= part.first_seen && key < part.stop;
+        float score = seen ? dot * factor : -INFINITE;
+        float weight = exp2_of(score - reference);
+        largest = fmaxf(largest, score);
+        if (counts) sum += weight;
+        return weight;
     }
 };
 

@@ -115,6 +115,13 @@ DEVICE void store_shared_16(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uin
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+DEVICE void load_shared_16(uint32_t (&to)[4], uint32_t from) {
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
 // ---- matrix products of one warp ----
 
 // Four 8 x 8 matrices; lane 8i + r gives the address of row r of matrix i.
