@@ -30,7 +30,8 @@ _GROUP_ROWS = 64
 _VECTORS_AT = 16  # the kernels' constant of the same name, as are the numbers below
 _MERGE_THREADS = 256
 _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
-_MOST_SOLVE_BLOCKS = 2  # on a multiprocessor: with more their registers do not hold the matrix
+# Solves on a multiprocessor at once, each with its matrix in registers; from 10.0 on two of them spill.
+_SOLVE_BLOCKS, _SOLVE_BLOCKS_UP_TO = 2, 9.0
 _PART_BYTES = 112
 
 
@@ -104,7 +105,8 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
         grid = queries, -(-part_numel(spec) // _MERGE_THREADS)
         launches.append(Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common)))
     shared = _solve_shared(width, width_v)
-    blocks = min(max(device.shared_memory_per_sm // shared, 1), _MOST_SOLVE_BLOCKS)
+    several = float(device.compute_capability) <= _SOLVE_BLOCKS_UP_TO
+    blocks = min(max(device.shared_memory_per_sm // shared, 1), _SOLVE_BLOCKS if several else 1)
     solved = _text(common | {"DIRECT_AFTER": DIRECT_AFTER, "SOLVE_BLOCKS": blocks})
     launches.append(Kernel("gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, shared, solved))
     return tuple(launches)
@@ -125,7 +127,7 @@ def _wgmma_shared(config: KernelConfig, width: int, width_v: int) -> int:
 
 def _solve_shared(width: int, width_v: int) -> int:
     system = width * (width + 2) + (2 + _SOLVE_WARPS) * width + 2 * (width + 1) + 2 * width
-    return 4 * (system + 2 * width + width_v + _SOLVE_THREADS)
+    return 4 * (system + 2 * width + (1 + _SOLVE_WARPS) * width_v)
 
 
 def _scratch(width: int) -> int:

@@ -104,7 +104,7 @@ DEVICE void sum_part(Sums& sums, Weights& weights, Shared& shared, const Part& p
             for (int i = 0; i < 2; ++i) {
                 int key = first + lane / 4 + 8 * i;
                 bool counts = lane % 4 == 0;
-                float weight = weights.weigh(dots[i], part.start + tile * BLOCK_K + key, part, counts);
+                float weight = weights.weigh(dots[i], part.sees(part.start + tile * BLOCK_K + key), counts);
                 if (counts) shared.weights[tile % 2][key] = weight;
             }
         }

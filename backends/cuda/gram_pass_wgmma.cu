@@ -48,6 +48,9 @@ DEVICE void arrive_as_warp(uint64_t* barrier, int lane) {
 // They compute in the ordinary units: products of the others fill the queue of the matrix units, and every instruction
 // that needs its result at once would wait behind them.
 
+template <class T>
+constexpr uint32_t ROW_BYTES = T::PANEL * 2;
+
 // The query as the lanes that share a key have it: of every panel the chunk of the lane's number.
 struct QueryChunks {
     static constexpr int COUNT = KeyTile::BLOCK_WIDTH / KeyTile::PANEL, LANES = KeyTile::PANEL_CHUNKS;
@@ -60,12 +63,13 @@ struct QueryChunks {
         }
     }
 
-    DEVICE float times(uint32_t key_tile, int key, int lane) const {
+    // With the key whose chunk of the first panel is at `address`.
+    DEVICE float times(uint32_t address) const {
         float sums[2] = {};
 #pragma unroll
         for (int panel = 0; panel < COUNT; ++panel) {
             uint32_t pairs[CHUNK / 2];
-            load_shared_16(pairs, key_tile + KeyTile::offset(key, panel * LANES + lane % LANES));
+            load_shared_16(pairs, address + panel * KeyTile::PANEL_BYTES);
 #pragma unroll
             for (int i = 0; i < CHUNK / 2; ++i) {
                 sums[0] += low_half(pairs[i]) * x[panel][2 * i];
@@ -79,35 +83,52 @@ struct QueryChunks {
 // Sixteen keys of a warp, four at a time, eight lanes to each: which of them a lane ends up with, as another one does.
 DEVICE int key_of_lane(int lane) { return 8 * (lane / 4 % 2) + 4 * (lane / 2 % 2) + lane / 8; }
 
-DEVICE float dot_product_of_lane(const QueryChunks& query, uint32_t key_tile, int first, int lane) {
-    float dots[4];
+// What a lane reads of the sixteen keys from `first` on. Rows that are eight apart are permuted alike.
+struct KeyShare {
+    QueryChunks query;
+    uint32_t offsets[2];
+
+    DEVICE KeyShare(const uint16_t* query_, int first, int lane) : query(query_, lane) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) dots[i] = query.times(key_tile, first + 4 * i + lane / 8, lane);
-    // Each exchange leaves half of the sums, then there is one.
-#pragma unroll
-    for (int half = 2; half; half /= 2) {
-        bool upper = lane & 2 * half;
-#pragma unroll
-        for (int i = 0; i < half; ++i) {
-            float sent = upper ? dots[i] : dots[i + half];
-            dots[i] = (upper ? dots[i + half] : dots[i]) + from_lane_xor(sent, 2 * half);
-        }
+        for (int i = 0; i < 2; ++i) offsets[i] = KeyTile::offset(first + 4 * i + lane / 8, lane % 8);
     }
-    return dots[0] + from_lane_xor(dots[0], 1);
-}
+
+    DEVICE float dot_product_of_lane(uint32_t key_tile, int lane) const {
+        float dots[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dots[i] = query.times(key_tile + offsets[i % 2] + i / 2 * 8 * ROW_BYTES<KeyTile>);
+        // Each exchange leaves half of the sums, then there is one.
+#pragma unroll
+        for (int half = 2; half; half /= 2) {
+            bool upper = lane & 2 * half;
+#pragma unroll
+            for (int i = 0; i < half; ++i) {
+                float sent = upper ? dots[i] : dots[i + half];
+                dots[i] = (upper ? dots[i + half] : dots[i]) + from_lane_xor(sent, 2 * half);
+            }
+        }
+        return dots[0] + from_lane_xor(dots[0], 1);
+    }
+};
 
 // Weighted values of the keys that a lane looks at: the chunk of its number among lanes that share a key.
-struct ValueChunk {
-    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES;
+struct ValueShare {
+    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES, PERIOD = KEYS < 8 ? 8 / KEYS : 1;
     float x[CHUNK] = {};
+    uint32_t offsets[PERIOD];
 
-    DEVICE void add(const float* weights, uint32_t value_tile, int first, int lane) {
+    DEVICE ValueShare(int first, int lane) {
 #pragma unroll
-        for (int i = 0; i < 16; i += KEYS) {
-            int key = first + i + lane / LANES;
-            float weight = weights[key];
+        for (int i = 0; i < PERIOD; ++i) offsets[i] = ValueTile::offset(first + i * KEYS + lane / LANES, lane % LANES);
+    }
+
+    // `weights` are those of the lane's keys, KEYS apart.
+    DEVICE void add(const float* weights, uint32_t value_tile) {
+#pragma unroll
+        for (int i = 0; i < 16 / KEYS; ++i) {
+            float weight = weights[i * KEYS];
             uint32_t pairs[CHUNK / 2];
-            load_shared_16(pairs, value_tile + ValueTile::offset(key, lane % LANES));
+            load_shared_16(pairs, value_tile + offsets[i % PERIOD] + i / PERIOD * 8 * ROW_BYTES<ValueTile>);
 #pragma unroll
             for (int n = 0; n < CHUNK / 2; ++n) {
                 x[2 * n] += weight * low_half(pairs[n]);
@@ -130,16 +151,41 @@ struct ValueChunk {
 // The number of the thread within the group.
 DEVICE int copy_thread() { return thread_anew() % GROUP; }
 
+// What a thread copies. Most tiles are whole: all of their keys are seen.
 struct Copies {
+    static constexpr bool EVEN = ALIGNED && !PAGE_SIZE && HEAD_DIM == BLOCK_D && HEAD_DIM_V == BLOCK_DV;
+    TileCopy<KeyTile, GROUP> keys;
+    TileCopy<ValueTile, GROUP> values;
+    const uint16_t *first_key, *first_value;
+    int64_t key_stride, value_stride;
+    int tiles, first_whole, whole_stop;
     Turn turn;
+
+    DEVICE Copies(const Part& part, int thread) : keys(thread), values(thread) {
+        key_stride = part.keys.row_stride, value_stride = part.values.row_stride;
+        first_key = part.keys.base + (part.start + keys.key) * key_stride + keys.chunk * CHUNK;
+        first_value = part.values.base + (part.start + values.key) * value_stride + values.chunk * CHUNK;
+        tiles = part.tiles();
+        first_whole = part.start < part.first_seen;
+        whole_stop = (part.stop - part.start) / BLOCK_K;
+    }
+
+    DEVICE bool is_whole(int tile) const { return tile >= first_whole && tile < whole_stop; }
 
     // Start to copy a tile of the part, if there is one.
     DEVICE void start(int tile, Shared& shared) {
-        const Part& part = shared.part;
-        if (tile < part.tiles()) {
+        if (tile < tiles) {
             wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
             uint32_t stage = shared_address(shared.stages[turn.stage]);
-            copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), copy_thread());
+            if (EVEN && is_whole(tile)) {
+                int64_t row = int64_t(tile) * BLOCK_K;
+                keys.start_whole(stage, first_key + row * key_stride, keys.ROWS * key_stride);
+                values.start_whole(stage + KeyTile::BYTES, first_value + row * value_stride,
+                                   values.ROWS * value_stride);
+            } else {
+                const Part& part = shared.part;
+                copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), copy_thread());
+            }
             turn.next();
         }
         commit_copies();
@@ -155,33 +201,31 @@ struct Copies {
 // All tiles of the part; the first ones are on their way.
 DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) {
     const Part& part = shared.part;
-    int tiles = part.tiles();
-    QueryChunks query(shared.scratch.query, copy_thread());
-    ValueChunk values;
+    int thread = copy_thread(), lane = thread % 32, first = thread / 32 * 16;
+    int own_key = first + key_of_lane(lane);
+    bool counts = lane % 2 == 0;
+    KeyShare keys(shared.scratch.query, first, lane);
+    ValueShare values(first, lane);
+    const float* value_weights = shared.weights[0] + first + lane / ValueShare::LANES;
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = 0; tile < copies.tiles; ++tile) {
         copies.start(tile + AHEAD, shared);
         wait_copies<AHEAD>();
         sync_some<1, GROUP>();  // the tile is there for all of the group
         uint32_t stage = shared_address(shared.stages[turn.stage]);
-        float* stage_weights = shared.weights[turn.stage];
-        int thread = copy_thread(), lane = thread % 32, first = thread / 32 * 16;
         if (BLOCK_K % 64 == 0 || first < BLOCK_K) {
-            float dot = dot_product_of_lane(query, stage, first, lane);
-            int key = first + key_of_lane(lane);
-            bool counts = lane % 2 == 0;
-            float weight = weights.weigh(dot, part.start + tile * BLOCK_K + key, part, counts);
-            if (counts) stage_weights[key] = weight;
+            bool seen = copies.is_whole(tile) || part.sees(part.start + tile * BLOCK_K + own_key);
+            float weight = weights.weigh(keys.dot_product_of_lane(stage, lane), seen, counts);
+            if (counts) shared.weights[turn.stage][own_key] = weight;
             sync_warp();
-            values.add(stage_weights, stage + KeyTile::BYTES, first, lane);
+            values.add(value_weights + turn.stage * BLOCK_K, stage + KeyTile::BYTES);
         }
         arrive_as_warp(&shared.full[turn.stage], lane);
         turn.next();
     }
     wait_copies<0>();
 
-    int thread = copy_thread();
-    values.store(shared.value_sums[thread / 32], thread % 32);
+    values.store(shared.value_sums[thread / 32], lane);
     sync_some<1, GROUP>();
     const float(&sums)[4][BLOCK_DV] = shared.value_sums;
     for (int d = thread; d < BLOCK_DV; d += GROUP) {
@@ -330,7 +374,7 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
         if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
         return;
     }
-    Copies copies;
+    Copies copies(part, thread % GROUP);
     if (warp >= ROW_WARPS) copies.begin(shared);
     prepare<WARPS>(g, part, shared.stages[STAGES - 1], shared.scratch, thread);  // a stage that nobody copies to yet
     if (warp >= ROW_WARPS) {

@@ -11,7 +11,7 @@ constexpr int ROUNDS = 3;  // of conjugate gradients, each from a residual compu
 struct Shared {
     SystemShared system;
     float row_mean[BLOCK_D], key_mean[BLOCK_D], value_mean[BLOCK_DV];
-    float partial[SOLVE_THREADS];
+    float partial[SOLVE_WARPS][BLOCK_DV];
 };
 
 struct Solution {
@@ -75,11 +75,18 @@ DEVICE void load_moments(Shared& shared, const GramArguments& g, const QueryInde
         const int64_t(&strides)[3] = g.ridge_strides;
         ridge = g.ridge_pointer[at.batch * strides[0] + at.head * strides[1] + at.row * strides[2]];
     }
-#pragma unroll 32
-    for (int n = thread; n < BLOCK_D * BLOCK_D; n += SOLVE_THREADS) {
-        int j = n / BLOCK_D, i = n % BLOCK_D;
-        float c = there ? state[KEYS_AT + n] * inverse - shared.row_mean[j] * shared.key_mean[i] : 0;
-        shared.system.matrix[j * PITCH + i] = c + (i == j ? ridge : 0);
+    constexpr int QUADS = BLOCK_D / 4;
+    const float4* sums = reinterpret_cast<const float4*>(state + KEYS_AT);
+#pragma unroll 16
+    for (int n = thread; n < BLOCK_D * QUADS; n += SOLVE_THREADS) {
+        int j = n / QUADS, i = n % QUADS * 4;
+        float4 sum = there ? sums[n] : float4{};
+        float mean = shared.row_mean[j];
+        float c[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+        for (int m = 0; m < 4; ++m) c[m] = c[m] * inverse - mean * shared.key_mean[i + m] + (i + m == j ? ridge : 0);
+        float2* to = reinterpret_cast<float2*>(shared.system.matrix + j * PITCH + i);
+        to[0] = {c[0], c[1]}, to[1] = {c[2], c[3]};
     }
     sync_block();
 }
@@ -87,25 +94,34 @@ DEVICE void load_moments(Shared& shared, const GramArguments& g, const QueryInde
 // vbar - G^T u, rounded.
 DEVICE void store_output(Shared& shared, const GramArguments& g, const QueryIndex& at, const float* state,
                          const float* u, int thread) {
-    constexpr int GROUPS = SOLVE_THREADS / BLOCK_DV;
+    constexpr int QUADS = BLOCK_DV / 4;
     bool there = state[1] > 0;
     float inverse = there ? 1.0f / state[1] : 0;
-    int column = thread % BLOCK_DV;
-    float mean = shared.value_mean[column], sum = 0;
+    const float4* sums = reinterpret_cast<const float4*>(state + VALUES_AT);
+    int column = thread % QUADS * 4;
+    float total[4] = {};
     if (there) {
 #pragma unroll 16
-        for (int d = thread / BLOCK_DV; d < BLOCK_D; d += GROUPS) {
-            sum += (state[VALUES_AT + d * BLOCK_DV + column] * inverse - shared.row_mean[d] * mean) * u[d];
+        for (int d = thread / QUADS; d < BLOCK_D; d += SOLVE_THREADS / QUADS) {
+            float4 sum = sums[d * QUADS + thread % QUADS];
+            float mean = shared.row_mean[d], x = u[d], c[4] = {sum.x, sum.y, sum.z, sum.w};
+#pragma unroll
+            for (int m = 0; m < 4; ++m) total[m] += (c[m] * inverse - mean * shared.value_mean[column + m]) * x;
         }
     }
-    shared.partial[thread] = sum;
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+#pragma unroll
+        for (int mask = QUADS; mask < 32; mask *= 2) total[m] += from_lane_xor(total[m], mask);
+        if (thread % 32 < QUADS) shared.partial[thread / 32][column + m] = total[m];
+    }
     sync_block();
     if (thread >= HEAD_DIM_V) return;
-    float out = mean;
+    float out = shared.value_mean[thread];
 #pragma unroll
-    for (int group = 0; group < GROUPS; ++group) out -= shared.partial[group * BLOCK_DV + column];
+    for (int warp = 0; warp < SOLVE_WARPS; ++warp) out -= shared.partial[warp][thread];
     uint16_t* to = g.out + at.batch * g.out_strides[0] + at.head * g.out_strides[1] + at.row * g.out_strides[2];
-    to[column] = static_cast<uint16_t>(pack(out, 0));
+    to[thread] = static_cast<uint16_t>(pack(out, 0));
 }
 
 KERNEL(SOLVE_THREADS, SOLVE_BLOCKS) gram_solve(PARAMETER GramArguments g) {

@@ -17,6 +17,9 @@ constexpr float INFINITE = __builtin_huge_valf();
 struct float2 {
     float x, y;
 };
+struct float4 {
+    float x, y, z, w;
+};
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -91,6 +94,7 @@ inline void copy_part_of_16_async(uint32_t to, const void* from, int bytes) {
     require(to % 16 == 0 && (bytes == 0 || uintptr_t(from) % 16 == 0), "an asynchronous copy that is not aligned");
     fiber().copies.push_back({at_address(to, 16), from, bytes, fiber().committed});
 }
+inline void copy_16_async(uint32_t to, const void* from) { copy_part_of_16_async(to, from, 16); }
 inline void copy_16_async(uint32_t to, const void* from, bool read) { copy_part_of_16_async(to, from, read ? 16 : 0); }
 inline void commit_copies() { ++fiber().committed; }
 template <int PENDING>

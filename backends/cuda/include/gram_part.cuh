@@ -46,6 +46,7 @@ struct Part {
     // Of a tile of this part.
     DEVICE Slots slots(int tile) const { return {start + tile * BLOCK_K, first_seen, stop, table}; }
 
+    DEVICE bool sees(int key) const { return key >= first_seen && key < stop; }
     DEVICE bool empty() const { return start >= stop; }
     DEVICE int tiles() const { return (stop - start + BLOCK_K - 1) / BLOCK_K; }
     DEVICE bool in_two_terms() const { return TERMS == 2 && seen_stop - first_seen <= TWO_TERMS_UP_TO; }
@@ -89,9 +90,8 @@ struct Weights {
 
     DEVICE explicit Weights(const Scratch& scratch) : factor(scratch.factor), reference(scratch.reference) {}
 
-    // The weight of a key of the part, by its product with the query; `counts` for one of the threads that have it.
-    DEVICE float weigh(float dot, int key, const Part& part, bool counts) {
-        bool seen = key >= part.first_seen && key < part.stop;
+    // The weight of a key by its product with the query; `counts` for one of the threads that have it.
+    DEVICE float weigh(float dot, bool seen, bool counts) {
         float score = seen ? dot * factor : -INFINITE;
         float weight = exp2_of(score - reference);
         largest = fmaxf(largest, score);

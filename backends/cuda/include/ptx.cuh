@@ -93,6 +93,9 @@ DEVICE void sync_block() { __syncthreads(); }
 
 // ---- copies from global to shared memory that run on their own ----
 
+DEVICE void copy_16_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 // 16 bytes, or zeros.
 DEVICE void copy_16_async(uint32_t to, const void* from, bool read) {
     asm volatile(

@@ -82,6 +82,17 @@ struct TileCopy {
         }
     }
 
+    // The same where every row is seen and lies `step / ROWS` numbers behind the one before; `from` is the first chunk.
+    DEVICE void start_whole(uint32_t tile, const uint16_t* from, int64_t step) const {
+        static_assert(ROWS % 8 == 0, "the chunks of all rows are permuted alike");
+        uint32_t to = tile + T::offset(key, chunk);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if (copies(i)) copy_16_async(to + i * ROWS * (T::PANEL * 2), from);
+            from += step;
+        }
+    }
+
     // The first `width` numbers of a chunk, if it is seen, and zeros.
     DEVICE static void copy_chunk(uint32_t to, const uint16_t* from, bool seen, int width) {
         if (ALIGNED) {
