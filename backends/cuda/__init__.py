@@ -96,7 +96,7 @@ def _gram_source_hash() -> str:
 
     return source_hash(
         ("gram_pass_mma.cu", "gram_pass_wgmma.cu", "gram_merge.cu", "gram_solve.cu"),
-        ("gram_kernels.py", "gram_launcher.py"),
+        ("gram_kernels.py", "gram_launcher.py", "../gram_parts.py"),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends.gram_limits import MAX_SPLITS
+from lla_compile.backends.gram_parts import HEADROOM, TWO_TERMS_UP_TO, part_numel
 from lla_compile.backends.tiles import padded_width
 from lla_compile.precision import split_terms
 
@@ -18,17 +19,11 @@ if TYPE_CHECKING:
     from lla_compile.plans import KernelConfig
     from lla_compile.spec import LLASpec
 
-# `accurate` weighs the keys of a query that sees at most so many in two terms. Where few keys share the weight, their
-# rounding does not average out: in one term the error at ridge 0.01 is 2.5e-3 at 2000 keys, 2.3e-3 at 4000.
-_TWO_TERMS_UP_TO = 3072
-# By how much, in powers of two, a part's scores may pass those of its first tile; else its keys are read twice.
-_HEADROOM = {"bfloat16": 64, "float16": 8}
 # Conjugate gradients that take as long as an elimination.
 DIRECT_AFTER = 24
 
 _GROUP_ROWS = 64
-_VECTORS_AT = 16  # the kernels' constant of the same name, as are the numbers below
-_MERGE_THREADS = 256
+_MERGE_THREADS = 256  # the kernels' constant of the same name, as are the numbers below
 _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
 # Solves on a multiprocessor at once, each with its matrix in registers; from 10.0 on two of them spill.
 _SOLVE_BLOCKS, _SOLVE_BLOCKS_UP_TO = 2, 9.0
@@ -73,12 +68,6 @@ def group_warps(spec: LLASpec) -> int | None:
     return 4 * (width // _GROUP_ROWS + 1) if width >= max(_GROUP_ROWS, width_v) else None
 
 
-def part_numel(spec: LLASpec) -> int:
-    """float32 numbers that one part of a query leaves, see gram_arguments.cuh."""
-    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    return _VECTORS_AT + 2 * width + width_v + width * (width + width_v)
-
-
 def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Kernel, ...]:
     """The launches of a plan in order."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
@@ -89,8 +78,8 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
     }  # fmt: skip
     passed = {
         "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": spec.page_size or 0,
-        "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": _TWO_TERMS_UP_TO,
-        "HEADROOM": f"{_HEADROOM[spec.dtype]}.0f",
+        "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": TWO_TERMS_UP_TO,
+        "HEADROOM": f"{HEADROOM[spec.dtype]}f",
     }  # fmt: skip
     source, pass_shared = (
         ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)

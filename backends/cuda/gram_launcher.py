@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Callable
 import torch
 
 from lla_compile.backends.cuda import compiler, gram_kernels, runtime
+from lla_compile.backends.gram_parts import part_numel
 from lla_compile.backends.scalars import scalars_of
 from lla_compile.lowering import lower
 from lla_compile.storage import layout
@@ -46,7 +47,7 @@ class GramLauncher:
         self._plan = plan
         spec, config = plan.spec, plan.config
         queries = spec.batch * spec.num_heads * spec.seqlen_q
-        part = 4 * gram_kernels.part_numel(spec)
+        part = 4 * part_numel(spec)
         self._merges = config.num_splits > 1
         self._merged_at = queries * config.num_splits * part  # bytes from the first part
         self._state_bytes = self._merged_at + queries * part * self._merges

@@ -57,7 +57,8 @@ class TritonBackend:
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
         if config.schedule == "gram":
-            return _hash_of_files("gram_kernels.py", "gram_launcher.py", "cache_primitives.py", "primitives.py")
+            own = "gram_kernels.py", "gram_launcher.py", "cache_primitives.py", "primitives.py"
+            return _hash_of_files(*own, "../gram_parts.py")
         written = ("primitives.py", "cache_primitives.py" if spec.phase == "decode" else "packing.py")
         return _hash_of_files(*written, printed=(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec)))
 

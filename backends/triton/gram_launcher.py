@@ -1,4 +1,4 @@
-"""A decoding plan of the `gram` schedule bound to its kernels: what they are compiled for, and how they are launched."""
+"""A decoding plan of the `gram` schedule bound to its kernels: what they are compiled for and how they are launched."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Callable, Mapping
 import torch
 import triton
 
+from lla_compile.backends.gram_parts import HEADROOM, TWO_TERMS_UP_TO, VECTORS_AT, part_numel
 from lla_compile.backends.triton import gram_kernels
 from lla_compile.backends.triton.compiler import compile_kernel
 from lla_compile.backends.triton.decode_launcher import DecodeLauncher, Launch, ordinary_absences
@@ -19,15 +20,9 @@ if TYPE_CHECKING:
     from lla_compile.plans import KernelConfig, Plan
     from lla_compile.spec import LLASpec
 
-# `accurate` weighs the keys of a query that sees at most so many in two terms. Where few keys share the weight, their
-# rounding does not average out: in one term the error at ridge 0.01 is 2.5e-3 at 2000 keys, 2.3e-3 at 4000.
-_TWO_TERMS_UP_TO = 3072
-# By how much, in powers of two, a part's scores may pass those of its first tile; else its keys are read twice.
-_HEADROOM = {"bfloat16": 64.0, "float16": 8.0}
 _MERGE_BLOCK, _MERGE_WARPS = 512, 4
 # By padded width: the covariances stay in registers.
 _SOLVE_WARPS = {16: 1, 32: 1, 64: 4, 128: 8}
-_VECTORS_AT = 16  # the kernels' constant of the same name
 
 _STRIDES = {name: [(f"{name}_stride_{axis}", "i64") for axis in "bhn"] for name in ("q", "k", "v", "out", "ridge")}
 
@@ -47,7 +42,7 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
     """The launches of a plan in order."""
     widths = {"BLOCK_D": padded_width(spec.head_dim), "BLOCK_DV": padded_width(spec.head_dim_v)}
     own_widths = {"HEAD_DIM": spec.head_dim, "HEAD_DIM_V": spec.head_dim_v}
-    part = {"PART": _part_numel(spec)}
+    part = {"PART": part_numel(spec)}
     kernels = [
         _Kernel(
             "gram_pass",
@@ -63,8 +58,7 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
                 **own_widths, **widths, "BLOCK_R": min(config.block_d, widths["BLOCK_D"]), "BLOCK_K": config.block_k,
                 "NUM_STAGES": config.num_stages, "PAGE_SIZE": spec.page_size or 0,
                 "TERMS": split_terms(spec.dtype, spec.precision),
-                "TWO_TERMS_UP_TO": _TWO_TERMS_UP_TO,
-                "HEADROOM": _HEADROOM[spec.dtype], **part,
+                "TWO_TERMS_UP_TO": TWO_TERMS_UP_TO, "HEADROOM": HEADROOM[spec.dtype], **part,
             },
             config.num_warps,
             config.num_stages,
@@ -76,7 +70,7 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
                 "gram_merge",
                 (("state_ptr", "*fp32"), ("merged_ptr", "*fp32"), ("num_splits", "i32")),
                 {
-                    "SHIFT_STOP": _VECTORS_AT + widths["BLOCK_D"], "BLOCK": _MERGE_BLOCK, **part,
+                    "SHIFT_STOP": VECTORS_AT + widths["BLOCK_D"], "BLOCK": _MERGE_BLOCK, **part,
                     "BLOCK_SPLITS": _block_splits(config.num_splits),
                 },
                 _MERGE_WARPS,
@@ -98,12 +92,6 @@ def _kernels(spec: LLASpec, config: KernelConfig) -> list[_Kernel]:
         )
     )  # fmt: skip
     return kernels
-
-
-def _part_numel(spec: LLASpec) -> int:
-    """float32 numbers that one part of a query leaves, see :mod:`lla_compile.backends.triton.gram_kernels`."""
-    width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    return _VECTORS_AT + 2 * width + width_v + width * (width + width_v)
 
 
 def _block_splits(num_splits: int) -> int:
@@ -152,7 +140,7 @@ class GramLauncher(DecodeLauncher):
         self._queries = spec.batch * spec.num_heads * spec.seqlen_q
         self._parts = self._queries * config.num_splits
         self._merges = config.num_splits > 1
-        self._part = _part_numel(spec)
+        self._part = part_numel(spec)
 
     @property
     def workspace_numel(self) -> int:
@@ -179,6 +167,6 @@ class GramLauncher(DecodeLauncher):
         if self._merges:
             grids["gram_merge"] = (self._queries, triton.cdiv(self._part, _MERGE_BLOCK), 1)
         return [
-            Launch(runner[grids[kernel.name]], tuple(name for name, _ in kernel.parameters), (*kernel.constants.values(),))
+            Launch(runner[grids[kernel.name]], tuple(name for name, _ in kernel.parameters), tuple(kernel.constants.values()))
             for kernel, runner in zip(kernels, runners)
         ]
