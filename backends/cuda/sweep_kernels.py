@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 GROUP_ROWS, GROUP_WARPS = 64, 4  # of wgmma: what four warps hold together
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
+_TILE_BYTES = 72  # of struct QueryTile
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 _ALIGNMENT = 8  # of the structure that shared memory is
 
@@ -47,7 +48,7 @@ def shared_memory(spec: LLASpec, config: KernelConfig, parked: int) -> int:
     terms = split_terms(spec.dtype, spec.precision)
     stages = config.num_stages * (config.block_k * max(width, width_v) * _INPUT_BYTES + 2 * _BARRIER_BYTES)
     rows = config.block_q * width * (terms * _INPUT_BYTES + parked * _FLOAT_BYTES)
-    return -(-(stages + rows + 2 * 4 * warps) // _ALIGNMENT) * _ALIGNMENT
+    return -(-(stages + rows + 2 * 4 * warps + _TILE_BYTES) // _ALIGNMENT) * _ALIGNMENT
 
 
 def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:

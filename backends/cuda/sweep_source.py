@@ -144,7 +144,7 @@ class _SweepsPrinter:
         self.out = _Lines()
         self.terms = "TERMS"  # of what is rounded where the printer stands
         self.terms_of: dict[str, str] = {}  # of the rounded vectors as they were last assigned
-        self.dots = 0
+        self.dots = self.rows = 0
 
     def text(self) -> str:
         out, program = self.out, self.program
@@ -205,17 +205,17 @@ class _SweepsPrinter:
         out.open("for (;;)")
         bits = [_LOOP_BIT.format(loop.active, number) for number, loop in enumerate(loops)]
         out.add(f"const Flags wanted = group.vote({' | '.join(bits)});")
-        out.add("if (!wanted.all) break;")
+        out.add("if (wanted.none()) break;")
         for number, loop in enumerate(loops):
             if number:
-                out.open(f"if (TERMS == 2 && loop == {number - 1} && !(wanted.mine & {1 << (number - 1)}))")
+                out.open(f"if (TERMS == 2 && loop == {number - 1} && !wanted.wants({number - 1}))")
                 out.add(f"loop = {number};")
                 self.terms = "1" if loop.coarse else "TERMS"
                 self._assign_all(loop.entry)
                 out.close()
         for number, loop in enumerate(loops):
             guard = "TERMS == 2 && " if skips[number] else ""
-            out.open(f"{'} else ' if number else ''}if ({guard}loop == {number} && wanted.mine & {1 << number})")
+            out.open(f"{'} else ' if number else ''}if ({guard}loop == {number} && wanted.wants({number}))")
             self.terms = "1" if loop.coarse else "TERMS"
             self._sweep(loop.sweep, loops, entered=loop)
             out.depth -= 1
@@ -283,7 +283,7 @@ class _SweepsPrinter:
             values = {sums.operand == "v" for stage in stages for sums in sweep_of(stage).accumulators}
             (with_values,) = values
             stream = f"copier.stream<{'true' if with_values else 'false'}>();"
-            out.add(f"while (copier.vote().all) {stream}" if isinstance(stages[0], Loop) else stream)
+            out.add(f"while (!copier.vote().none()) {stream}" if isinstance(stages[0], Loop) else stream)
         out.close()
 
     # ---- row-wise assignments ----
@@ -305,12 +305,13 @@ class _SweepsPrinter:
     def _assign(self, assign: Assign, at_hand: set[str]) -> None:
         out, name, value = self.out, assign.name, assign.value
         if value.op == "rounded":
-            text = self._text(value.args[0], Kind.VECTOR)
+            text = self._text(self._without_rows(value.args[0]), Kind.VECTOR)
             out.add(f"{name}.assign<{self.terms}>([&](int n, int i) {{ return {text}; }});")
             self.terms_of[name] = self.terms
             return
         value = self._without_dots(value)
         if value.kind is Kind.VECTOR:
+            value = self._without_rows(value)
             if name not in at_hand:
                 out.add(f"Vector<{self._width(name)}> {name};")
             out.add(f"assign({name}, [&](int n, int i) {{ return {self._text(value, Kind.VECTOR)}; }});")
@@ -327,6 +328,17 @@ class _SweepsPrinter:
             self.out.add(f"const Row dot_{self.dots} = sum_of_rows<BLOCK_D>([&](int n, int i) {{ return {x} * {y}; }});")
             return Expr("symbol", (f"dot_{self.dots}",), Kind.ROW)
         return Expr(value.op, tuple(self._without_dots(x) for x in value.args), value.kind)
+
+    def _without_rows(self, value: Expr) -> Expr:
+        """The expression with what is the same for all elements of a row, which is printed first."""
+        if value.op in ("symbol", "const"):
+            return value
+        if value.kind is not Kind.ROW:
+            return Expr(value.op, tuple(self._without_rows(x) for x in value.args), value.kind)
+        self.rows += 1
+        self.out.add(f"Row row_{self.rows};")
+        self.out.add(f"assign(row_{self.rows}, [&](int r) {{ return {self._text(value, Kind.ROW)}; }});")
+        return Expr("symbol", (f"row_{self.rows}",), Kind.ROW)
 
     def _text(self, value: Expr, kind: Kind) -> str:
         """An expression that ranges over ``kind``."""

@@ -6,20 +6,20 @@
 KERNEL(THREADS, BLOCKS) sweeps_wgmma(PARAMETER SweepArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     if (threadIdx.x == 0) {
+        shared.tile = QueryTile(g, blockIdx.x);
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(&shared.full[stage], GROUP);
             init_barrier(&shared.empty[stage], 4 * ROW_GROUPS);
         }
     }
     sync_block();
-    QueryTile tile(g, blockIdx.x);
     if (threadIdx.x >= GROUP * ROW_GROUPS) {
         give_registers<COPY_REGISTERS>();
-        Copier copier = {g, tile, shared};
+        Copier copier = {g, shared};
         copy_sweeps(copier);
     } else {
         take_registers<ROW_REGISTERS>();
-        Group group(g, tile, shared);
+        Group group(g, shared);
         run_sweeps(group);
     }
 }

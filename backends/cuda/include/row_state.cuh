@@ -74,15 +74,15 @@ DEVICE float element(const Operand* operand, int n, int i) {
 
 // Which rows a warp holds, and where they are in memory.
 struct Rows {
-    int first;           // the number of the warp's first row within its sequence
-    int length;          // of the sequence
-    int64_t memory_row;  // of row 0 of the sequence, where tensors are dense
+    int first;                  // the number of the warp's first row within its sequence
+    int length;                 // of the sequence
+    const int64_t* memory_row;  // of row 0 of the sequence, where tensors are dense
 
     DEVICE static int lane() { return threadIdx.x % 32; }
     DEVICE int number(int r) const { return first + lane() / 4 + 8 * r; }
     DEVICE bool exists(int r) const { return number(r) < length; }
     DEVICE static int column(int n) { return 8 * n + 2 * (lane() % 4); }
-    DEVICE int64_t dense(int r, int width) const { return (memory_row + number(r)) * width; }
+    DEVICE int64_t dense(int r, int width) const { return (*memory_row + number(r)) * width; }
 };
 
 // Write numbers of rows, if there is a place for them.
@@ -91,7 +91,7 @@ DEVICE void store(T* to, const Row& value, const Rows& rows) {
     if (!to || rows.lane() % 4) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if (rows.exists(r)) to[rows.memory_row + rows.number(r)] = T(value[r]);
+        if (rows.exists(r)) to[*rows.memory_row + rows.number(r)] = T(value[r]);
     }
 }
 

@@ -28,6 +28,7 @@ struct Shared {
     uint8_t parked[PARKED][4 * ROW_GROUPS][Parked<BLOCK_D>::BYTES_OF_WARP];
     uint64_t full[STAGES], empty[STAGES];
     int flags[2][4 * ROW_GROUPS];
+    QueryTile tile;
 };
 
 template <bool VALUES>
@@ -53,14 +54,15 @@ struct Turn {
 // What groups of rows still want, as bits: all threads of the block say so together, once before every turn of a loop.
 struct Flags {
     int mine, all;  // of the calling thread's group, and of any
+
+    DEVICE bool wants(int bit) const { return mine >> bit & 1; }
+    DEVICE bool none() const { return !all; }
 };
 
 DEVICE Flags vote(int flags, Shared& shared, int& parity) {
     int warp = threadIdx.x / 32, mine = 0, all = 0;
     if (warp < 4 * ROW_GROUPS) {
-        int seen = 0;
-#pragma unroll
-        for (int bit = 0; bit < LOOPS; ++bit) seen |= any_lane(flags >> bit & 1) << bit;
+        int seen = any_lane(flags);
         if (Rows::lane() == 0) shared.flags[parity][warp] = seen;
     }
     sync_block();
@@ -71,14 +73,13 @@ DEVICE Flags vote(int flags, Shared& shared, int& parity) {
         if (other / 4 == warp / 4) mine |= seen;
     }
     parity ^= 1;
-    return {mine, all};
+    return {any_lane(mine), any_lane(all)};
 }
 
 // ---- the warps that copy ----
 
 struct Copier {
     const SweepArguments& g;
-    const QueryTile& tile;
     Shared& shared;
     Turn turn = {};
     int parity = 0;
@@ -87,6 +88,7 @@ struct Copier {
 
     template <bool VALUES>
     DEVICE void stream() {
+        const QueryTile& tile = shared.tile;
         int64_t kv_head = tile.head / g.group_size;
         Cache keys = tile.cache(g.k, g.k_strides, kv_head, tile.k_start);
         Cache values = tile.cache(g.v, g.v_strides, kv_head, tile.k_start);
@@ -102,7 +104,7 @@ struct Copier {
         wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
         TileCopy<T, GROUP> copy(thread_anew() % GROUP);
         constexpr int NO_PAGES[TileCopy<T, GROUP>::COUNT] = {};
-        copy.start(shared_address(shared.stages[turn.stage]), cache, tile.slots(j), NO_PAGES);
+        copy.start(shared_address(shared.stages[turn.stage]), cache, shared.tile.slots(j), NO_PAGES);
         if (ALIGNED) {
             arrive_when_copied(&shared.full[turn.stage]);
         } else {
@@ -132,10 +134,10 @@ DEVICE void hold_all(uint32_t (&x)[COUNT][4]) {
     }
 }
 
-// Rows that lie as tiles do, as an operand of products with other rows.
-DEVICE uint64_t describe_rows(uint32_t tile, int panel_bytes, int step) {
-    return describe_operand(tile + step / 4 * panel_bytes + step % 4 * 32, 128, panel_bytes);
-}
+// Rows that lie as tiles do in panels of 64 columns, as an operand of products with other rows; of it, the 16 columns of
+// a step are so much further.
+DEVICE uint64_t describe_rows(uint32_t tile) { return describe_operand(tile, 128, 0); }
+DEVICE uint64_t columns_of_step(int step, int panel_bytes) { return step / 4 * (panel_bytes >> 4) + step % 4 * 2; }
 
 // p becomes weight(p, t - center).
 template <class F>
@@ -183,8 +185,8 @@ struct Weights {
 // 64 rows of a block and the sweeps that stream keys past them.
 struct Group {
     const SweepArguments& g;
-    const QueryTile& tile;
     Shared& shared;
+    const QueryTile& tile;
     int number;
     Rows rows;
     QueryRows q;
@@ -193,10 +195,10 @@ struct Group {
     Turn turn = {};
     int parity = 0;
 
-    DEVICE Group(const SweepArguments& g, const QueryTile& tile, Shared& shared)
-        : g(g), tile(tile), shared(shared), number(threadIdx.x / GROUP) {
+    DEVICE Group(const SweepArguments& g, Shared& shared)
+        : g(g), shared(shared), tile(shared.tile), number(uniform(threadIdx.x / GROUP)) {
         int warp = threadIdx.x / 32, first = tile.first_row + GROUP_ROWS * number;
-        rows = {tile.first_row + 16 * warp, tile.queries, tile.memory_row};
+        rows = {tile.first_row + 16 * warp, tile.queries, &tile.memory_row};
         q = {shared.rows[number], warp % 4 * 16};
         range = tile.tiles_of<GROUP_ROWS>(first, tile.first_key / BLOCK_K);
         scale_log2 = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
@@ -263,18 +265,20 @@ struct Group {
 
     // ---- products ----
 
+    DEVICE uint32_t stage(const Turn& of) const { return shared_address(shared.stages[0]) + uniform(of.stage) * STAGE_BYTES; }
+
     // Rows in shared memory with the keys of a stage.
     template <bool ADD>
     DEVICE void start_rows(float (&sum)[BLOCK_K / 8][4], const uint8_t* left, const Turn& of) {
-        uint32_t a = shared_address(left), b = shared_address(shared.stages[of.stage]);
+        uint64_t a = describe_rows(shared_address(left)), b = describe_rows(stage(of));
 #pragma unroll
         for (int step = 0; step < BLOCK_D / 16; ++step) {
-            uint64_t right = describe_rows(b, KeyTile::PANEL_BYTES, step);
-            uint64_t rows_operand = describe_rows(a, QueryRows::PANEL_BYTES, step);
+            uint64_t left_step = a + columns_of_step(step, QueryRows::PANEL_BYTES);
+            uint64_t right_step = b + columns_of_step(step, KeyTile::PANEL_BYTES);
             if (ADD || step) {
-                multiply_shared<1>(sum, rows_operand, right);
+                multiply_shared<1>(sum, left_step, right_step);
             } else {
-                multiply_shared<0>(sum, rows_operand, right);
+                multiply_shared<0>(sum, left_step, right_step);
             }
         }
     }
@@ -282,10 +286,10 @@ struct Group {
     // The same with rounded rows, in T terms.
     template <int T>
     DEVICE void start_rounded(float (&sum)[BLOCK_K / 8][4], Direction& row, const Turn& of) {
-        uint32_t b = shared_address(shared.stages[of.stage]);
+        uint64_t b = describe_rows(stage(of));
 #pragma unroll
         for (int step = 0; step < BLOCK_D / 16; ++step) {
-            uint64_t right = describe_rows(b, KeyTile::PANEL_BYTES, step);
+            uint64_t right = b + columns_of_step(step, KeyTile::PANEL_BYTES);
             if (step) {
                 multiply_rows<1>(sum, row.high[step], right);
             } else {
@@ -298,10 +302,10 @@ struct Group {
     template <class T, int COUNT, int WIDTH>
     DEVICE void start_sum(Vector<WIDTH>& sum, Weights<COUNT>& weights, const Turn& of) {
         constexpr int ROW_BYTES = 2 * T::PANEL;
-        uint32_t b = shared_address(shared.stages[of.stage]);
+        uint64_t b = describe_operand(stage(of), ROW_BYTES, T::PANEL_BYTES);
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            uint64_t right = describe_operand(b + 16 * step * ROW_BYTES, ROW_BYTES, T::PANEL_BYTES);
+            uint64_t right = b + step * ROW_BYTES;  // 16 rows, in units of 16 bytes
 #pragma unroll
             for (int term = 0; term < COUNT; ++term) multiply_group(sum.x, weights.of[term][step], right);
         }
