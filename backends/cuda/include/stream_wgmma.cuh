@@ -137,7 +137,11 @@ DEVICE void hold_all(uint32_t (&x)[COUNT][4]) {
 // Rows that lie as tiles do in panels of 64 columns, as an operand of products with other rows; of it, the 16 columns of
 // a step are so much further.
 DEVICE uint64_t describe_rows(uint32_t tile) { return describe_operand(tile, 128, 0); }
-DEVICE uint64_t columns_of_step(int step, int panel_bytes) { return step / 4 * (panel_bytes >> 4) + step % 4 * 2; }
+DEVICE uint32_t columns_of_step(int step, int panel_bytes) { return step / 4 * (panel_bytes >> 4) + step % 4 * 2; }
+// A descriptor of what lies so many units of 16 bytes behind; addresses do not carry into its other fields.
+DEVICE uint64_t further(uint64_t descriptor, uint32_t units) {
+    return descriptor & 0xffffffff00000000ull | uint32_t(uint32_t(descriptor) + units);
+}
 
 // p becomes weight(p, t - center).
 template <class F>
@@ -273,8 +277,8 @@ struct Group {
         uint64_t a = describe_rows(shared_address(left)), b = describe_rows(stage(of));
 #pragma unroll
         for (int step = 0; step < BLOCK_D / 16; ++step) {
-            uint64_t left_step = a + columns_of_step(step, QueryRows::PANEL_BYTES);
-            uint64_t right_step = b + columns_of_step(step, KeyTile::PANEL_BYTES);
+            uint64_t left_step = further(a, columns_of_step(step, QueryRows::PANEL_BYTES));
+            uint64_t right_step = further(b, columns_of_step(step, KeyTile::PANEL_BYTES));
             if (ADD || step) {
                 multiply_shared<1>(sum, left_step, right_step);
             } else {
@@ -289,7 +293,7 @@ struct Group {
         uint64_t b = describe_rows(stage(of));
 #pragma unroll
         for (int step = 0; step < BLOCK_D / 16; ++step) {
-            uint64_t right = b + columns_of_step(step, KeyTile::PANEL_BYTES);
+            uint64_t right = further(b, columns_of_step(step, KeyTile::PANEL_BYTES));
             if (step) {
                 multiply_rows<1>(sum, row.high[step], right);
             } else {
@@ -305,7 +309,7 @@ struct Group {
         uint64_t b = describe_operand(stage(of), ROW_BYTES, T::PANEL_BYTES);
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            uint64_t right = b + step * ROW_BYTES;  // 16 rows, in units of 16 bytes
+            uint64_t right = further(b, step * ROW_BYTES);  // 16 rows, in units of 16 bytes
 #pragma unroll
             for (int term = 0; term < COUNT; ++term) multiply_group(sum.x, weights.of[term][step], right);
         }
