@@ -163,7 +163,7 @@ class _SweepsPrinter:
         for name in program.row_scalars:
             out.add(f"const Row {name} = group.given(g.{name}_pointer, g.{name}, g.{name}_strides);")
         for name in sorted(program.rounded):
-            out.add(f"Direction {name} = {{{{}}, group.low_terms()}};")
+            out.add(f"Direction {name} = group.rounded();")
         for slot, name in enumerate(self.waiting):
             out.add(f"const Waiting<{slot}> waiting_{name}(group, g.{name});")
         for stages in self._groups():

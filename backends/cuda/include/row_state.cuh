@@ -66,12 +66,6 @@ DEVICE Row sum_of_rows(F product) {
 // Numbers as left operands of a product: register i of step k has those of row i % 2, tile 2 k + i / 2.
 using Operand = uint32_t[4];
 
-// The register and half of number i of tile n.
-DEVICE float element(const Operand* operand, int n, int i) {
-    uint32_t pair = operand[n / 2][n % 2 * 2 + i / 2];
-    return i % 2 ? high_half(pair) : low_half(pair);
-}
-
 // Which rows a warp holds, and where they are in memory.
 struct Rows {
     int first;                  // the number of the warp's first row within its sequence
@@ -218,16 +212,25 @@ struct RowTile {
     }
 };
 
-// A vector as tile products take it: the nearest sum of TERMS numbers of the input type. The second ones are in shared
-// memory, where products find them.
+// A vector as tile products take it: the nearest sum of TERMS numbers of the input type. One term is in registers; of two
+// there would be too many, and products find them in shared memory.
 template <int GROUP_ROWS>
 struct Rounded {
-    Operand high[BLOCK_D / 16];
-    RowTile<GROUP_ROWS> low;
+    static constexpr bool IN_REGISTERS = TERMS == 1;
+    Operand registers[IN_REGISTERS ? BLOCK_D / 16 : 1];
+    RowTile<GROUP_ROWS> high, low;
+
+    // Numbers i and i + 1 of tile n, i even, of the first term.
+    DEVICE uint32_t pair(int n, int i) const {
+        if constexpr (IN_REGISTERS) return registers[n / 2][n % 2 * 2 + i / 2];
+        return *high.pair(n, i);
+    }
 
     template <int T>
     DEVICE float value(int n, int i) const {
-        return T == 2 ? element(high, n, i) + low(n, i) : element(high, n, i);
+        uint32_t two = pair(n, i / 2 * 2);
+        float first = i % 2 ? high_half(two) : low_half(two);
+        return T == 2 ? first + low(n, i) : first;
     }
 
     template <int T, class F>
@@ -237,9 +240,13 @@ struct Rounded {
 #pragma unroll
             for (int i = 0; i < 4; i += 2) {
                 float x = f(n, i), y = f(n, i + 1);
-                uint32_t pair = pack(x, y);
-                high[n / 2][n % 2 * 2 + i / 2] = pair;
-                if (T == 2) *low.pair(n, i) = pack(x - low_half(pair), y - high_half(pair));
+                uint32_t two = pack(x, y);
+                if constexpr (IN_REGISTERS) {
+                    registers[n / 2][n % 2 * 2 + i / 2] = two;
+                } else {
+                    *high.pair(n, i) = two;
+                }
+                if (T == 2) *low.pair(n, i) = pack(x - low_half(two), y - high_half(two));
             }
         }
     }
@@ -254,7 +261,7 @@ struct Rounded {
             uint16_t* start = to + rows.dense(r, HEAD_DIM) + rows.column(0);
 #pragma unroll
             for (int n = 0; n < BLOCK_D / 8; ++n) {
-                store_pair(start + 8 * n, high[n / 2][n % 2 * 2 + r], HEAD_DIM - rows.column(n));
+                store_pair(start + 8 * n, pair(n, 2 * r), HEAD_DIM - rows.column(n));
                 if (T == 2) store_pair(start + distance + 8 * n, *low.pair(n, 2 * r), HEAD_DIM - rows.column(n));
             }
         }

@@ -24,7 +24,7 @@ using Direction = Rounded<GROUP_ROWS>;
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];
     uint8_t rows[ROW_GROUPS][QueryRows::BYTES];
-    uint8_t low_terms[TERMS == 2 ? ROW_GROUPS : 0][QueryRows::BYTES];
+    uint8_t terms[TERMS == 2 ? 2 : 0][ROW_GROUPS][QueryRows::BYTES];
     uint8_t parked[PARKED][4 * ROW_GROUPS][Parked<BLOCK_D>::BYTES_OF_WARP];
     uint64_t full[STAGES], empty[STAGES];
     int flags[2][4 * ROW_GROUPS];
@@ -241,7 +241,12 @@ struct Group {
     }
 
     DEVICE uint8_t* parked(int vector) const { return shared.parked[vector][threadIdx.x / 32]; }
-    DEVICE QueryRows low_terms() const { return {shared.low_terms[TERMS == 2 ? number : 0], q.first}; }
+    DEVICE Direction rounded() const {
+        Direction made;
+        made.high = {shared.terms[0][number], q.first};
+        made.low = {shared.terms[TERMS == 2 ? 1 : 0][number], q.first};
+        return made;
+    }
 
     // ---- the ring ----
 
@@ -290,17 +295,21 @@ struct Group {
     // The same with rounded rows, in T terms.
     template <int T>
     DEVICE void start_rounded(float (&sum)[BLOCK_K / 8][4], Direction& row, const Turn& of) {
-        uint64_t b = describe_rows(stage(of));
+        if constexpr (Direction::IN_REGISTERS) {
+            uint64_t b = describe_rows(stage(of));
 #pragma unroll
-        for (int step = 0; step < BLOCK_D / 16; ++step) {
-            uint64_t right = further(b, columns_of_step(step, KeyTile::PANEL_BYTES));
-            if (step) {
-                multiply_rows<1>(sum, row.high[step], right);
-            } else {
-                multiply_rows<0>(sum, row.high[step], right);
+            for (int step = 0; step < BLOCK_D / 16; ++step) {
+                uint64_t right = further(b, columns_of_step(step, KeyTile::PANEL_BYTES));
+                if (step) {
+                    multiply_rows<1>(sum, row.registers[step], right);
+                } else {
+                    multiply_rows<0>(sum, row.registers[step], right);
+                }
             }
+        } else {
+            start_rows<false>(sum, row.high.tile, of);
+            if (T == 2) start_rows<true>(sum, row.low.tile, of);
         }
-        if (T == 2) start_rows<true>(sum, row.low.tile, of);
     }
 
     template <class T, int COUNT, int WIDTH>
@@ -342,7 +351,7 @@ struct Group {
         using Operands = StreamedTile<VALUES>;
         int begin = max(range.begin, 0), end = max(range.end, begin);
         assign(sum, [](int, int) { return 0.0f; });
-        if (SECOND && T == 2) {  // the second terms are ready
+        if constexpr (SECOND && !Direction::IN_REGISTERS) {  // the row's terms are there
             show_to_products();
             sync_group(number);
         }
@@ -358,7 +367,7 @@ struct Group {
             commit_products();
             wait_product_groups<0>();
             hold_all(s);
-            if constexpr (SECOND) hold_all(t), hold_all(row->high);
+            if constexpr (SECOND) hold_all(t), hold_all(row->registers);
             if (range.cuts(begin)) mask(s, begin);
             softmax.weigh(s, scale_log2);
             if constexpr (SECOND) combine(s, t, center, weight);
@@ -372,7 +381,7 @@ struct Group {
                 if (VALUES) wait_for(held);
                 hold_all(sum.x);
                 weights.hold_registers();
-                if constexpr (SECOND) hold_all(row->high);
+                if constexpr (SECOND) hold_all(row->registers);
                 begin_products();
                 start_rows<false>(s, q.tile, turn);
                 commit_products();
@@ -414,6 +423,6 @@ struct Group {
             release(held);
         }
         pass((tile.key_tiles - end) * EACH);
-        if (SECOND && T == 2) sync_group(number);
+        if constexpr (SECOND && !Direction::IN_REGISTERS) sync_group(number);
     }
 };
