@@ -279,10 +279,12 @@ class _SweepsPrinter:
     def _copies(self) -> None:
         out = self.out
         out.open("DEVICE void copy_sweeps(Copier& copier)")
-        for stages in self._groups():
+        groups = self._groups()
+        for stages in groups:
             values = {sums.operand == "v" for stage in stages for sums in sweep_of(stage).accumulators}
             (with_values,) = values
-            stream = f"copier.stream<{'true' if with_values else 'false'}>();"
+            last = "true" if stages is groups[-1] else "false"
+            stream = f"copier.stream<{'true' if with_values else 'false'}, {last}>();"
             out.add(f"while (!copier.vote().none()) {stream}" if isinstance(stages[0], Loop) else stream)
         out.close()
 

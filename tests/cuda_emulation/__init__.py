@@ -11,7 +11,10 @@ import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+import pytest
+
 from lla_compile.backends import cuda
+from lla_compile.backends.cuda import runtime
 from lla_compile.backends.cuda.compiler import read_headers
 
 _HERE = Path(__file__).parent
@@ -32,6 +35,25 @@ class EmulatedKernel:
     def __call__(self, stream: int, parameters: int) -> None:
         arguments = ctypes.c_void_p.from_address(parameters)
         self.library.launch(arguments, *self.kernel.grid, self.kernel.threads, self._backwards)
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """Kernels run on the CPU; the threads of a block take turns in the order that the returned dictionary says."""
+    order = {"backwards": False}
+
+    def load(kernel, defines, compute_capability):
+        return EmulatedKernel(kernel, defines, order["backwards"])
+
+    def launch(starts, packed, device):
+        arguments = ctypes.create_string_buffer(packed, len(packed))
+        address = ctypes.c_void_p(ctypes.addressof(arguments))
+        for start in starts:
+            start(0, ctypes.addressof(address))
+
+    monkeypatch.setattr(runtime, "load", load)
+    monkeypatch.setattr(runtime, "launch", launch)
+    return order
 
 
 @lru_cache(maxsize=None)

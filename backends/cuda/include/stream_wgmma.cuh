@@ -21,14 +21,23 @@ constexpr int ROW_REGISTERS = BLOCKS == 2 ? 216 : ROW_GROUPS == 3 ? 160 : ROW_GR
 using QueryRows = RowTile<GROUP_ROWS>;
 using Direction = Rounded<GROUP_ROWS>;
 
+constexpr int OPERANDS_OF_ROWS = TERMS == 2 ? 3 : 1;
+constexpr int PARKED_BYTES = 4 * ROW_GROUPS * Parked<BLOCK_D>::BYTES_OF_WARP;
+
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];
-    uint8_t rows[ROW_GROUPS][QueryRows::BYTES];
-    uint8_t terms[TERMS == 2 ? 2 : 0][ROW_GROUPS][QueryRows::BYTES];
-    uint8_t parked[PARKED][4 * ROW_GROUPS][Parked<BLOCK_D>::BYTES_OF_WARP];
+    uint8_t rows[OPERANDS_OF_ROWS * ROW_GROUPS * QueryRows::BYTES + PARKED * PARKED_BYTES];  // and what waits
     uint64_t full[STAGES], empty[STAGES];
     int flags[2][4 * ROW_GROUPS];
     QueryTile tile;
+
+    // An operand of a group: its queries, and the terms of a rounded vector.
+    DEVICE uint8_t* operand(int number, int group) {
+        return rows + (number * ROW_GROUPS + group) * QueryRows::BYTES;
+    }
+    DEVICE uint8_t* parked(int vector, int warp) {
+        return operand(OPERANDS_OF_ROWS, 0) + vector * PARKED_BYTES + warp * Parked<BLOCK_D>::BYTES_OF_WARP;
+    }
 };
 
 template <bool VALUES>
@@ -83,10 +92,13 @@ struct Copier {
     Shared& shared;
     Turn turn = {};
     int parity = 0;
+    bool ahead = false;  // the first keys of the next pass are under way
 
     DEVICE Flags vote() { return ::vote(0, shared, parity); }
 
-    template <bool VALUES>
+    // Copy for one pass. Whichever the next one is, it begins with the first keys: they are copied while rows are
+    // updated, but after the last pass.
+    template <bool VALUES, bool LAST>
     DEVICE void stream() {
         const QueryTile& tile = shared.tile;
         int64_t kv_head = tile.head / g.group_size;
@@ -94,9 +106,11 @@ struct Copier {
         Cache values = tile.cache(g.v, g.v_strides, kv_head, tile.k_start);
 #pragma unroll 1
         for (int j = 0; j < tile.key_tiles; ++j) {
-            copy<KeyTile>(keys, j);
+            if (j || !ahead) copy<KeyTile>(keys, j);
             if (VALUES) copy<ValueTile>(values, j);
         }
+        ahead = !LAST && tile.key_tiles;
+        if (ahead) copy<KeyTile>(keys, 0);
     }
 
     template <class T>
@@ -203,7 +217,7 @@ struct Group {
         : g(g), shared(shared), tile(shared.tile), number(uniform(threadIdx.x / GROUP)) {
         int warp = threadIdx.x / 32, first = tile.first_row + GROUP_ROWS * number;
         rows = {tile.first_row + 16 * warp, tile.queries, &tile.memory_row};
-        q = {shared.rows[number], warp % 4 * 16};
+        q = {shared.operand(0, number), warp % 4 * 16};
         range = tile.tiles_of<GROUP_ROWS>(first, tile.first_key / BLOCK_K);
         scale_log2 = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
         load_rows(tile.cache(g.q, g.q_strides, tile.head, tile.q_start), first);
@@ -240,11 +254,11 @@ struct Group {
         return made;
     }
 
-    DEVICE uint8_t* parked(int vector) const { return shared.parked[vector][threadIdx.x / 32]; }
+    DEVICE uint8_t* parked(int vector) const { return shared.parked(vector, threadIdx.x / 32); }
     DEVICE Direction rounded() const {
         Direction made;
-        made.high = {shared.terms[0][number], q.first};
-        made.low = {shared.terms[TERMS == 2 ? 1 : 0][number], q.first};
+        made.high = {shared.operand(TERMS == 2 ? 1 : 0, number), q.first};
+        made.low = {shared.operand(TERMS == 2 ? 2 : 0, number), q.first};
         return made;
     }
 
