@@ -3,8 +3,18 @@
 import pytest
 import torch
 from cuda_emulation import COMPILER, emulated  # noqa: F401
-from problems import assert_close, make_plan, make_problem, run_forward, run_info
+from problems import (
+    assert_close,
+    assert_gradients_close,
+    make_grad_out,
+    make_plan,
+    make_problem,
+    run_forward,
+    run_info,
+)
 
+from lla_compile import backends
+from lla_compile.autograd import GRADIENTS
 from lla_compile.backends.cuda import sweep_kernels
 from lla_compile.backends.cuda.sweep_launcher import SweepLauncher
 from lla_compile.devices import resolve
@@ -80,6 +90,17 @@ def test_saved_state_and_info_are_those_of_the_eager_backend(precision):
     torch.testing.assert_close(*probes, rtol=0, atol=1e-2)
     if terms == 2:
         assert (got["unit_probe"][1].float().abs() <= got["unit_probe"][0].float().abs() / 128).all()
+
+
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+def test_another_backend_goes_backward_from_what_is_saved(precision):
+    p = problem(seqlen_q=80)
+    grad_out = make_grad_out(p)
+    saved = run_forward(p, tuple(SAVED), "cuda", precision, HOPPER, **TILES[128])
+    given = {"grad_out": grad_out} | saved
+    backward = backends.get("eager").bind(make_plan(p, precision=precision, phase="backward"))
+    got = backward(p.inputs() | given, GRADIENTS)
+    assert_gradients_close(got, p.reference_gradients(grad_out), error_limit("bfloat16", precision, 1.0, "backward"))
 
 
 def test_any_strides_and_alignment():

@@ -139,7 +139,8 @@ def source_hash(
 ) -> str:
     """Hash of kernels, all headers, and the Python that decides their constants."""
     digest = hashlib.sha256()
-    for text in (*(printed or {}).values(), *read_headers().values(), *((_FOLDER / name).read_text() for name in (*sources, *python_files))):
+    written = ((_FOLDER / name).read_text() for name in (*sources, *python_files))
+    for text in (*(printed or {}).values(), *read_headers().values(), *written):
         digest.update(text.encode())
     return digest.hexdigest()[:16]
 

@@ -26,9 +26,7 @@ _L2_SHARE = 0.2
 def precompile_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
     """Compile what calls with aligned tensors need."""
     kernel = sweep_kernels.kernel(spec, config, device)
-    compiler.compile_kernel(
-        kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability, kernel.printed
-    )
+    compiler.compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability, kernel.printed)
 
 
 def build_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:

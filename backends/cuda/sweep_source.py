@@ -327,7 +327,9 @@ class _SweepsPrinter:
         if value.op in ("dot", "wide_dot"):
             x, y = (self._text(x, Kind.VECTOR) for x in value.args)
             self.dots += 1
-            self.out.add(f"const Row dot_{self.dots} = sum_of_rows<BLOCK_D>([&](int n, int i) {{ return {x} * {y}; }});")
+            self.out.add(
+                f"const Row dot_{self.dots} = sum_of_rows<BLOCK_D>([&](int n, int i) {{ return {x} * {y}; }});"
+            )
             return Expr("symbol", (f"dot_{self.dots}",), Kind.ROW)
         return Expr(value.op, tuple(self._without_dots(x) for x in value.args), value.kind)
 
