@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 GROUP_ROWS, GROUP_WARPS = 64, 4  # of wgmma: what four warps hold together
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
-_OTHER_REGISTERS = 40  # numbers of rows, addresses
+_OTHER_REGISTERS = 32  # numbers of rows, addresses
 _TILE_BYTES = 72  # of struct QueryTile
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 _ALIGNMENT = 8  # of the structure that shared memory is
