@@ -33,7 +33,8 @@ def make_plan(
     """Choose how ``spec`` runs on ``device``. Neither has to be present in this machine.
 
     The backend is ``backend`` if given, else the one of the best database entry, else the first of ``backends``
-    that supports the spec; a CPU takes "eager" unless another one is named.
+    that supports the spec; a CPU takes "eager" unless another one is named. A ``backend`` that cannot do the backward
+    pass leaves it to the others: what a forward pass saves is the same for all.
 
     Args:
         spec: what is computed.
@@ -50,6 +51,9 @@ def make_plan(
         TuningMiss: ``strict``, and nothing tuned fits.
     """
     usable, refused = _usable(spec, device, backends, backend, allowed)
+    if not usable and backend is not None and spec.phase == "backward":
+        usable, others = _usable(spec, device, backends, None, allowed)
+        refused |= others
     if not usable:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
         raise NotImplementedError(f"no backend can run {spec.describe()} on {device.name} ({reasons})")

@@ -1,10 +1,8 @@
 """The CUDA kernels of decoding on the CPU, thread by thread: the cases of every backend, and those of their own."""
 
-import ctypes
-
 import pytest
 import torch
-from cuda_emulation import COMPILER, EmulatedKernel
+from cuda_emulation import COMPILER, emulated  # noqa: F401
 from decode_problems import CASES, make_decode_problem
 from interpreted_decode_cases import (  # noqa: F401
     Kernels,
@@ -19,32 +17,13 @@ from interpreted_decode_cases import (  # noqa: F401
 )
 from problems import assert_close
 
-from lla_compile.backends.cuda import gram_kernels, gram_launcher, runtime
+from lla_compile.backends.cuda import gram_kernels, gram_launcher
 from lla_compile.devices import resolve
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 LIMIT = 2.5e-3
 ORDERS = pytest.mark.parametrize("backwards", [False, True])
 AMPERE, HOPPER = resolve("a100"), resolve("h200")
-
-
-@pytest.fixture(autouse=True)
-def emulated(monkeypatch):
-    """Kernels run on the CPU; the threads of a block take turns in the order that the returned dictionary says."""
-    order = {"backwards": False}
-
-    def load(kernel, defines, compute_capability):
-        return EmulatedKernel(kernel, defines, order["backwards"])
-
-    def launch(starts, packed, device):
-        arguments = ctypes.create_string_buffer(packed, len(packed))
-        address = ctypes.c_void_p(ctypes.addressof(arguments))
-        for start in starts:
-            start(0, ctypes.addressof(address))
-
-    monkeypatch.setattr(runtime, "load", load)
-    monkeypatch.setattr(runtime, "launch", launch)
-    return order
 
 
 @pytest.fixture

@@ -56,6 +56,12 @@ def test_named_backend_wins_over_allowed_ones_and_entries():
     assert "not among those allowed" in plan.reason
 
 
+def test_named_backend_leaves_a_backward_pass_that_it_has_not_to_the_others():
+    spec = replace(SPEC, phase="backward", cg_tol=None)
+    plan = make_plan(spec, GPU, pair(refuses="no backward kernels"), NOTHING, backend="triton")
+    assert plan.config.backend == "eager" and "no backward kernels" in str(plan)
+
+
 def test_named_backend_that_cannot_is_an_error():
     with pytest.raises(NotImplementedError, match="NVIDIA H200.*triton: no float64"):
         make_plan(SPEC, GPU, pair(refuses="no float64"), NOTHING, backend="triton")

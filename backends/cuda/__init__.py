@@ -1,4 +1,7 @@
-"""CUDA backend: kernels in CUDA C++, compiled by NVRTC and launched through CuPy; NVIDIA GPUs from 8.0 on, decoding."""
+"""CUDA backend: kernels in CUDA C++, compiled by NVRTC and launched through CuPy, for NVIDIA GPUs.
+
+Decoding runs from compute capability 8.0 on, the forward pass on 9.0.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends import Binary
-from lla_compile.backends.cuda import gram_config, gram_kernels
+from lla_compile.backends.cuda import gram_config, gram_kernels, sweep_config, sweep_kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +34,7 @@ class CudaBackend:
 
     def unsupported_spec(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         """The same, whatever is installed on this machine."""
-        if why := gram_config.unsupported(spec):
+        if why := _choices(spec).unsupported(spec, device):
             return why
         if device.vendor != "nvidia":
             return f"{device.id} is not an NVIDIA GPU"
@@ -42,32 +45,39 @@ class CudaBackend:
         return None
 
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
-        return gram_config.default_config(spec, device)
+        return _choices(spec).default_config(spec, device)
 
     def alternatives(self, spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
-        """The default of the other instruction path, where the device has two."""
-        return gram_config.alternatives(spec, device)
+        """The other instruction path's default, where the device has two; for the forward pass, other tiles."""
+        return _choices(spec).alternatives(spec, device)
 
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
-        return gram_config.search_space(spec, device)
+        return _choices(spec).search_space(spec, device)
 
     def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
-        return gram_config.infeasible(spec, config, device)
+        return _choices(spec).infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
-        return _gram_source_hash()
+        return _gram_source_hash() if spec.phase == "decode" else _sweep_source_hash(spec.op, spec.phase)
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
-        from lla_compile.backends.cuda.gram_launcher import precompile_gram
-
-        precompile_gram(spec, config, device)
+        if spec.phase == "decode":
+            from lla_compile.backends.cuda.gram_launcher import precompile_gram as precompile
+        else:
+            from lla_compile.backends.cuda.sweep_launcher import precompile_sweeps as precompile
+        precompile(spec, config, device)
 
     def binaries(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> list[Binary]:
         from lla_compile.backends.cuda.compiler import compile_kernel
 
         compiled = (
-            (kernel, compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability))
-            for kernel in gram_kernels.kernels(spec, config, device)
+            (
+                kernel,
+                compile_kernel(
+                    kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability, kernel.printed
+                ),
+            )
+            for kernel in _kernels(spec, config, device)
         )
         return [Binary(kernel.name, kernel.threads // 32, kernel.shared, cubin) for kernel, cubin in compiled]
 
@@ -79,14 +89,29 @@ class CudaBackend:
             ImportError: there is no NVRTC.
             OSError: the folder cannot be written to.
         """
-        from lla_compile.backends.cuda.gram_launcher import build_gram
-
-        return build_gram(spec, config, device, folder)
+        if spec.phase == "decode":
+            from lla_compile.backends.cuda.gram_launcher import build_gram as build
+        else:
+            from lla_compile.backends.cuda.sweep_launcher import build_sweeps as build
+        return build(spec, config, device, folder)
 
     def bind(self, plan: Plan) -> Executable:
-        from lla_compile.backends.cuda.gram_launcher import GramLauncher
+        if plan.spec.phase == "decode":
+            from lla_compile.backends.cuda.gram_launcher import GramLauncher as Bound
+        else:
+            from lla_compile.backends.cuda.sweep_launcher import SweepLauncher as Bound
+        return Bound(plan)
 
-        return GramLauncher(plan)
+
+def _choices(spec: LLASpec):
+    """Where the limits, the default and the search space of a phase are."""
+    return gram_config if spec.phase == "decode" else sweep_config
+
+
+def _kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[gram_kernels.Kernel, ...]:
+    if spec.phase == "decode":
+        return gram_kernels.kernels(spec, config, device)
+    return (sweep_kernels.kernel(spec, config, device),)
 
 
 @lru_cache(maxsize=None)
@@ -98,6 +123,16 @@ def _gram_source_hash() -> str:
         ("gram_pass_mma.cu", "gram_pass_wgmma.cu", "gram_merge.cu", "gram_solve.cu"),
         ("gram_kernels.py", "gram_launcher.py", "../gram_parts.py"),
     )
+
+
+@lru_cache(maxsize=None)
+def _sweep_source_hash(op: str, phase: str) -> str:
+    """Of the kernels of sweeps that hold query rows, what is printed among them."""
+    from lla_compile.backends.cuda.compiler import source_hash
+    from lla_compile.backends.cuda.sweep_source import print_sweeps
+
+    python_files = ("sweep_kernels.py", "sweep_launcher.py")
+    return source_hash(("sweeps_wgmma.cu",), python_files, print_sweeps(op, phase).headers)
 
 
 BACKEND = CudaBackend()

@@ -27,23 +27,33 @@ class _Unit:
     source: str
     text: str
     options: tuple[str, ...]
+    printed: tuple[tuple[str, str], ...]
 
     @classmethod
-    def of(cls, source: str, defines: Mapping[str, str], compute_capability: str) -> _Unit:
+    def of(
+        cls, source: str, defines: Mapping[str, str], compute_capability: str, printed: Mapping[str, str] | None
+    ) -> _Unit:
         options = (*_OPTIONS, f"--gpu-architecture={architecture(compute_capability)}")
         options += tuple(f"-D{name}={value}" for name, value in sorted(defines.items()))
-        return cls(source, (_FOLDER / source).read_text(encoding="utf-8"), options)
+        text = (_FOLDER / source).read_text(encoding="utf-8")
+        return cls(source, text, options, tuple(sorted((printed or {}).items())))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return read_headers() | dict(self.printed)
 
     @property
     def name(self) -> str:
-        what = repr((self.options, read_headers(), self.text))
+        what = repr((self.options, self.headers, self.text))
         return f"{Path(self.source).stem}-{hashlib.sha256(what.encode()).hexdigest()[:32]}"
 
     def compile(self, compiler: nvrtc.Nvrtc) -> bytes:
-        return compiler.compile(self.text, self.source, read_headers(), self.options)
+        return compiler.compile(self.text, self.source, self.headers, self.options)
 
 
-def compile_kernel(source: str, defines: Mapping[str, str], compute_capability: str) -> bytes:
+def compile_kernel(
+    source: str, defines: Mapping[str, str], compute_capability: str, printed: Mapping[str, str] | None = None
+) -> bytes:
     """The cubin of a kernel: from the folder LLA_COMPILE_CUBINS, see :func:`build_kernel`, if it has one of these sources;
     else compiled, at most once for a toolchain. No GPU is needed.
 
@@ -51,12 +61,13 @@ def compile_kernel(source: str, defines: Mapping[str, str], compute_capability: 
         source: name of a ``.cu`` file of this folder.
         defines: its macros.
         compute_capability: e.g. "9.0".
+        printed: headers beside those of this folder, by name.
 
     Raises:
         CompileError: it does not compile.
         ImportError: it was not built, and there is no NVRTC.
     """
-    unit = _Unit.of(source, defines, compute_capability)
+    unit = _Unit.of(source, defines, compute_capability, printed)
     folder = built_folder()
     if folder is not None and (built := _read(folder / f"{unit.name}.cubin")) is not None:
         return built
@@ -72,7 +83,13 @@ def compile_kernel(source: str, defines: Mapping[str, str], compute_capability: 
     return cubin
 
 
-def build_kernel(source: str, defines: Mapping[str, str], compute_capability: str, folder: Path) -> Path:
+def build_kernel(
+    source: str,
+    defines: Mapping[str, str],
+    compute_capability: str,
+    folder: Path,
+    printed: Mapping[str, str] | None = None,
+) -> Path:
     """Compile a kernel into ``folder``, for machines without a compiler; returns the file.
 
     Raises:
@@ -80,7 +97,7 @@ def build_kernel(source: str, defines: Mapping[str, str], compute_capability: st
         ImportError: there is no NVRTC.
         OSError: the folder cannot be written to.
     """
-    unit = _Unit.of(source, defines, compute_capability)
+    unit = _Unit.of(source, defines, compute_capability, printed)
     path = folder / f"{unit.name}.cubin"
     if _read(path) is None:
         _write(path, unit.compile(nvrtc.load()))
@@ -117,10 +134,13 @@ def read_headers() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted((_FOLDER / "include").glob("*.cuh"))}
 
 
-def source_hash(sources: tuple[str, ...], python_files: tuple[str, ...]) -> str:
+def source_hash(
+    sources: tuple[str, ...], python_files: tuple[str, ...], printed: Mapping[str, str] | None = None
+) -> str:
     """Hash of kernels, all headers, and the Python that decides their constants."""
     digest = hashlib.sha256()
-    for text in (*read_headers().values(), *((_FOLDER / name).read_text() for name in (*sources, *python_files))):
+    written = ((_FOLDER / name).read_text() for name in (*sources, *python_files))
+    for text in (*(printed or {}).values(), *read_headers().values(), *written):
         digest.update(text.encode())
     return digest.hexdigest()[:16]
 

@@ -26,10 +26,8 @@ _MOST_REGISTERS = 256
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 
 
-def unsupported(spec: LLASpec) -> str | None:
-    """Why no configuration can run the spec, or None."""
-    if spec.phase != "decode":
-        return f"it has kernels for decoding only, not for phase {spec.phase}"
+def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
+    """Why no configuration can run the spec on the device, or None."""
     return gram_limits.unsupported(spec)
 
 
@@ -73,7 +71,7 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
 
 def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
     """The limit that ``config`` breaks on ``device``, in words, or None."""
-    if why := unsupported(spec):
+    if why := unsupported(spec, device):
         return why
     width = padded_width(spec.head_dim)
     if config.schedule != "gram" or config.block_q != 1:

@@ -41,6 +41,7 @@ class Kernel:
         grid: blocks in x and y.
         threads: of a block.
         shared: bytes of shared memory of a block, all dynamic.
+        printed: headers beside those in the folder, by name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kernel:
     threads: int
     shared: int
     defines: Mapping[str, str] = field(hash=False)
+    printed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def warp_counts(spec: LLASpec, device: DeviceInfo) -> tuple[int, ...]:

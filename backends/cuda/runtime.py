@@ -40,7 +40,7 @@ def load(kernel: Kernel, defines: Mapping[str, str], compute_capability: str) ->
     import cupy
 
     driver = cupy.cuda.driver
-    cubin = compiler.compile_kernel(kernel.source, defines, compute_capability)
+    cubin = compiler.compile_kernel(kernel.source, defines, compute_capability, kernel.printed)
     module = cupy.cuda.Module()
     try:
         module.load(cubin)

@@ -49,7 +49,8 @@ struct Lane {
 struct Warp {
     Lane lanes[32];
     int arrived = 0, turn = 0;
-    std::vector<std::function<void()>> products;  // that have not happened yet
+    std::vector<std::function<void()>> products;               // that are not committed yet
+    std::vector<std::vector<std::function<void()>>> committed;  // groups that have not happened yet
 };
 
 // A barrier in shared memory.

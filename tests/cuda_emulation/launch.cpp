@@ -1,9 +1,9 @@
-// A shared library of one kernel, KERNEL_SOURCE, and of a function that runs it.
+// A shared library of one kernel, KERNEL_SOURCE, whose argument is an ARGUMENTS, and of a function that runs it.
 #include KERNEL_SOURCE
 
-static GramArguments arguments;
+static ARGUMENTS arguments;
 
-extern "C" int arguments_size() { return sizeof(GramArguments); }
+extern "C" int arguments_size() { return sizeof(ARGUMENTS); }
 extern "C" int shared_size() { return sizeof(Shared); }
 
 extern "C" void launch(const void* packed, int grid_x, int grid_y, int threads, int backwards) {

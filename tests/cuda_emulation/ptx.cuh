@@ -87,6 +87,16 @@ inline float from_lane(float x, int lane) {
     return x;
 }
 inline float from_lane_xor(float x, int mask) { return from_lane(x, current_thread() % 32 ^ mask); }
+inline int uniform(int x) { return x; }
+inline int any_lane(int bits) {
+    uint32_t in[1] = {uint32_t(bits)};
+    with_warp(&bits, in, 1, [](Lane* lanes) {
+        uint32_t any = 0;
+        for (int i = 0; i < 32; ++i) any |= lanes[i].in[0];
+        for (int i = 0; i < 32; ++i) *static_cast<int*>(lanes[i].out) = any;
+    });
+    return bits;
+}
 
 // ---- copies ----
 

@@ -88,6 +88,10 @@ DEVICE int thread_anew() {
 
 DEVICE float from_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 DEVICE float from_lane_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+// The bits that some lane has, in all of them: the compiler knows that it is one number.
+DEVICE int any_lane(int bits) { return __reduce_or_sync(0xffffffffu, unsigned(bits)); }
+// A number that all lanes have, so that the compiler knows that they have it.
+DEVICE int uniform(int x) { return any_lane(x); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 

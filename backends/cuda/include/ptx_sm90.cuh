@@ -106,3 +106,118 @@ DEVICE void multiply_group(float (&sum)[16][4], const uint32_t (&a)[4], uint64_t
               SUM_OF_TILE(12), SUM_OF_TILE(13), SUM_OF_TILE(14), SUM_OF_TILE(15)
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+
+// ---- products of the rows of two tiles ----
+// sum = a b^T, or with ADD sum += a b^T: 64 x 8 TILES of (64 x 16) (8 TILES x 16)^T. Both operands lie row by row in
+// panels of 64 columns, see describe_operand; `a` may be in registers instead.
+
+template <int ADD>
+DEVICE void multiply_shared(float (&sum)[4][4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, %16, %17, %18, 1, 1, 0, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3)
+        : "l"(a), "l"(b), "n"(ADD));
+}
+template <int ADD>
+DEVICE void multiply_rows(float (&sum)[4][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+        "}, {%16, %17, %18, %19}, %20, %21, 1, 1, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD));
+}
+template <int ADD>
+DEVICE void multiply_shared(float (&sum)[8][4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, %32, %33, %34, 1, 1, 0, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3), SUM_OF_TILE(4),
+          SUM_OF_TILE(5), SUM_OF_TILE(6), SUM_OF_TILE(7)
+        : "l"(a), "l"(b), "n"(ADD));
+}
+template <int ADD>
+DEVICE void multiply_rows(float (&sum)[8][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, %37, 1, 1, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3), SUM_OF_TILE(4),
+          SUM_OF_TILE(5), SUM_OF_TILE(6), SUM_OF_TILE(7)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD));
+}
+template <int ADD>
+DEVICE void multiply_shared(float (&sum)[12][4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+        "}, %48, %49, %50, 1, 1, 0, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3), SUM_OF_TILE(4),
+          SUM_OF_TILE(5), SUM_OF_TILE(6), SUM_OF_TILE(7), SUM_OF_TILE(8), SUM_OF_TILE(9),
+          SUM_OF_TILE(10), SUM_OF_TILE(11)
+        : "l"(a), "l"(b), "n"(ADD));
+}
+template <int ADD>
+DEVICE void multiply_rows(float (&sum)[12][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+        "}, {%48, %49, %50, %51}, %52, %53, 1, 1, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3), SUM_OF_TILE(4),
+          SUM_OF_TILE(5), SUM_OF_TILE(6), SUM_OF_TILE(7), SUM_OF_TILE(8), SUM_OF_TILE(9),
+          SUM_OF_TILE(10), SUM_OF_TILE(11)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD));
+}
+template <int ADD>
+DEVICE void multiply_shared(float (&sum)[16][4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, %64, %65, %66, 1, 1, 0, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3), SUM_OF_TILE(4),
+          SUM_OF_TILE(5), SUM_OF_TILE(6), SUM_OF_TILE(7), SUM_OF_TILE(8), SUM_OF_TILE(9),
+          SUM_OF_TILE(10), SUM_OF_TILE(11), SUM_OF_TILE(12), SUM_OF_TILE(13), SUM_OF_TILE(14),
+          SUM_OF_TILE(15)
+        : "l"(a), "l"(b), "n"(ADD));
+}
+template <int ADD>
+DEVICE void multiply_rows(float (&sum)[16][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." OPERANDS " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "
+        "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "
+        "%36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, "
+        "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+        "}, {%64, %65, %66, %67}, %68, %69, 1, 1, 0;"
+        : SUM_OF_TILE(0), SUM_OF_TILE(1), SUM_OF_TILE(2), SUM_OF_TILE(3), SUM_OF_TILE(4),
+          SUM_OF_TILE(5), SUM_OF_TILE(6), SUM_OF_TILE(7), SUM_OF_TILE(8), SUM_OF_TILE(9),
+          SUM_OF_TILE(10), SUM_OF_TILE(11), SUM_OF_TILE(12), SUM_OF_TILE(13), SUM_OF_TILE(14),
+          SUM_OF_TILE(15)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD));
+}
+
+// Wait until at most `PENDING` groups of the warp's products are under way.
+template <int PENDING>
+DEVICE void wait_product_groups() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Arrive once all copies that the calling thread has started are there.
+DEVICE void arrive_when_copied(uint64_t* barrier) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// The threads of one group of four warps; groups count from 0.
+DEVICE void sync_group(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }

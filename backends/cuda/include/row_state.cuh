@@ -1,0 +1,300 @@
+// What a block keeps of its query rows, spread over threads as matrix instructions spread a sum: of 16 rows that a warp
+// holds, a thread has rows lane / 4 and lane / 4 + 8, and of every eight columns two. All numbers of a vector (rows x
+// width) stay with their thread, so that nothing but inner products crosses threads.
+#pragma once
+#include <sweep_arguments.cuh>
+#include <tile.cuh>
+
+constexpr float LOG2_E = 1.4426950408889634f;
+
+// A number of each of the two rows.
+struct Row {
+    float x[2];
+
+    DEVICE float& operator[](int r) { return x[r]; }
+    DEVICE float operator[](int r) const { return x[r]; }
+};
+
+// Number i of tile n belongs to row i / 2 and column 8 n + 2 (lane % 4) + i % 2.
+template <int WIDTH>
+struct Vector {
+    static constexpr int TILES = WIDTH / 8;
+    float x[TILES][4];
+
+    DEVICE float operator()(int n, int i) const { return x[n][i]; }
+};
+
+template <class F>
+DEVICE void assign(Row& to, F value) {
+    Row made;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) made[r] = value(r);
+    to = made;
+}
+
+template <int WIDTH, class F>
+DEVICE void assign(Vector<WIDTH>& to, F value) {
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) to.x[n][i] = value(n, i);
+    }
+}
+
+// Four neighbouring threads share a row.
+DEVICE float sum_of_row(float x) {
+    x += from_lane_xor(x, 1);
+    return x + from_lane_xor(x, 2);
+}
+DEVICE float maximum_of_row(float x) {
+    x = fmaxf(x, from_lane_xor(x, 1));
+    return fmaxf(x, from_lane_xor(x, 2));
+}
+
+// Sums over the columns of what `product` gives for every element.
+template <int WIDTH, class F>
+DEVICE Row sum_of_rows(F product) {
+    Row sums = {};
+#pragma unroll
+    for (int n = 0; n < WIDTH / 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i / 2] += product(n, i);
+    }
+    return {sum_of_row(sums[0]), sum_of_row(sums[1])};
+}
+
+// Numbers as left operands of a product: register i of step k has those of row i % 2, tile 2 k + i / 2.
+using Operand = uint32_t[4];
+
+// Which rows a warp holds, and where they are in memory.
+struct Rows {
+    int first;                  // the number of the warp's first row within its sequence
+    int length;                 // of the sequence
+    const int64_t* memory_row;  // of row 0 of the sequence, where tensors are dense
+
+    DEVICE static int lane() { return threadIdx.x % 32; }
+    DEVICE int number(int r) const { return first + lane() / 4 + 8 * r; }
+    DEVICE bool exists(int r) const { return number(r) < length; }
+    DEVICE static int column(int n) { return 8 * n + 2 * (lane() % 4); }
+    DEVICE int64_t dense(int r, int width) const { return (*memory_row + number(r)) * width; }
+};
+
+// Write numbers of rows, if there is a place for them.
+template <class T>
+DEVICE void store(T* to, const Row& value, const Rows& rows) {
+    if (!to || rows.lane() % 4) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (rows.exists(r)) to[*rows.memory_row + rows.number(r)] = T(value[r]);
+    }
+}
+
+// A vector that waits in memory while keys are streamed: WIDTH columns, of which LOADED count, row by row.
+template <int WIDTH, int LOADED>
+struct InMemory {
+    float* base;
+    const Rows& rows;
+
+    DEVICE void load(Vector<WIDTH>& to) const {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const float* from = base + rows.dense(r, LOADED) + rows.column(0);
+            bool exists = rows.exists(r);
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                int left = LOADED - rows.column(n);
+                if (LOADED % 2 == 0) {
+                    bool read = exists && (LOADED == WIDTH || left > 0);
+                    float2 pair = read ? *reinterpret_cast<const float2*>(from + 8 * n) : float2{0, 0};
+                    to.x[n][2 * r] = pair.x, to.x[n][2 * r + 1] = pair.y;
+                } else {
+                    to.x[n][2 * r] = exists && left > 0 ? from[8 * n] : 0;
+                    to.x[n][2 * r + 1] = exists && left > 1 ? from[8 * n + 1] : 0;
+                }
+            }
+        }
+    }
+    DEVICE void store(const Vector<WIDTH>& from) const {
+        if (!base) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float* to = base + rows.dense(r, LOADED) + rows.column(0);
+            if (!rows.exists(r)) continue;
+#pragma unroll
+            for (int n = 0; n < WIDTH / 8; ++n) {
+                int left = LOADED - rows.column(n);
+                if (LOADED % 2 == 0) {
+                    if (LOADED < WIDTH && left <= 0) break;
+                    *reinterpret_cast<float2*>(to + 8 * n) = {from.x[n][2 * r], from.x[n][2 * r + 1]};
+                } else {
+                    if (left > 0) to[8 * n] = from.x[n][2 * r];
+                    if (left > 1) to[8 * n + 1] = from.x[n][2 * r + 1];
+                }
+            }
+        }
+    }
+};
+
+struct alignas(16) Four {
+    float x[4];
+};
+
+// The same in shared memory, in the order of threads: no bank is asked twice.
+template <int WIDTH>
+struct Parked {
+    static constexpr int BYTES_OF_WARP = WIDTH * 16 * 4;
+    uint8_t* base;  // of the warp
+
+    DEVICE Four* at() const { return reinterpret_cast<Four*>(base) + Rows::lane(); }
+    DEVICE void load(Vector<WIDTH>& to) const {
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n) {
+            Four four = at()[32 * n];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) to.x[n][i] = four.x[i];
+        }
+    }
+    DEVICE void store(const Vector<WIDTH>& from) const {
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n) {
+            at()[32 * n] = {from.x[n][0], from.x[n][1], from.x[n][2], from.x[n][3]};
+        }
+    }
+};
+
+// Where a vector waits: the first PARKED ones in shared memory, and there is a copy in memory if it is asked for.
+template <int SLOT>
+struct Waiting {
+    InMemory<BLOCK_D, HEAD_DIM> memory;
+    Parked<BLOCK_D> parked;
+
+    template <class Group>
+    DEVICE Waiting(const Group& group, float* base)
+        : memory{base, group.rows}, parked{SLOT < PARKED ? group.parked(SLOT) : nullptr} {}
+
+    DEVICE void load(Vector<BLOCK_D>& to) const {
+        if constexpr (SLOT < PARKED) {
+            parked.load(to);
+        } else {
+            memory.load(to);
+        }
+    }
+    DEVICE void store(const Vector<BLOCK_D>& from) const {
+        if constexpr (SLOT < PARKED) parked.store(from);
+        memory.store(from);
+    }
+};
+
+// A tile of this warp's 16 rows within rows that lie as tiles do: `tile` is where the first of `GROUP_ROWS` rows is.
+template <int GROUP_ROWS>
+struct RowTile {
+    static constexpr int PANEL = BLOCK_D < 64 ? BLOCK_D : 64;
+    static constexpr int PANEL_CHUNKS = PANEL / CHUNK;
+    static constexpr int PANEL_BYTES = GROUP_ROWS * PANEL * 2;
+    static constexpr int BYTES = GROUP_ROWS * BLOCK_D * 2;
+
+    DEVICE static uint32_t offset(int row, int chunk) {
+        int permuted = chunk % PANEL_CHUNKS ^ (row / (8 / PANEL_CHUNKS) & (PANEL_CHUNKS - 1));
+        return chunk / PANEL_CHUNKS * PANEL_BYTES + row * (PANEL * 2) + permuted * 16;
+    }
+
+    uint8_t* tile;
+    int first;  // of the warp's rows
+
+    // Numbers i and i + 1 of tile n, i even.
+    DEVICE uint32_t* pair(int n, int i) const {
+        int lane = Rows::lane();
+        return reinterpret_cast<uint32_t*>(tile + offset(first + lane / 4 + i / 2 * 8, n) + lane % 4 * 4);
+    }
+    DEVICE float operator()(int n, int i) const {
+        uint32_t two = *pair(n, i);
+        return i % 2 ? high_half(two) : low_half(two);
+    }
+};
+
+// A vector as tile products take it: the nearest sum of TERMS numbers of the input type. One term is in registers; of two
+// there would be too many, and products find them in shared memory.
+template <int GROUP_ROWS>
+struct Rounded {
+    static constexpr bool IN_REGISTERS = TERMS == 1;
+    Operand registers[IN_REGISTERS ? BLOCK_D / 16 : 1];
+    RowTile<GROUP_ROWS> high, low;
+
+    // Numbers i and i + 1 of tile n, i even, of the first term.
+    DEVICE uint32_t pair(int n, int i) const {
+        if constexpr (IN_REGISTERS) return registers[n / 2][n % 2 * 2 + i / 2];
+        return *high.pair(n, i);
+    }
+
+    template <int T>
+    DEVICE float value(int n, int i) const {
+        uint32_t two = pair(n, i / 2 * 2);
+        float first = i % 2 ? high_half(two) : low_half(two);
+        return T == 2 ? first + low(n, i) : first;
+    }
+
+    template <int T, class F>
+    DEVICE void assign(F f) {
+#pragma unroll
+        for (int n = 0; n < BLOCK_D / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                float x = f(n, i), y = f(n, i + 1);
+                uint32_t two = pack(x, y);
+                if constexpr (IN_REGISTERS) {
+                    registers[n / 2][n % 2 * 2 + i / 2] = two;
+                } else {
+                    *high.pair(n, i) = two;
+                }
+                if (T == 2) *low.pair(n, i) = pack(x - low_half(two), y - high_half(two));
+            }
+        }
+    }
+
+    // In T terms that lie `distance` apart, rows of HEAD_DIM numbers.
+    template <int T>
+    DEVICE void store(uint16_t* to, int64_t distance, const Rows& rows) const {
+        if (!to) return;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            if (!rows.exists(r)) continue;
+            uint16_t* start = to + rows.dense(r, HEAD_DIM) + rows.column(0);
+#pragma unroll
+            for (int n = 0; n < BLOCK_D / 8; ++n) {
+                store_pair(start + 8 * n, pair(n, 2 * r), HEAD_DIM - rows.column(n));
+                if (T == 2) store_pair(start + distance + 8 * n, *low.pair(n, 2 * r), HEAD_DIM - rows.column(n));
+            }
+        }
+    }
+
+    DEVICE static void store_pair(uint16_t* to, uint32_t pair, int left) {
+        if (HEAD_DIM % 2 == 0) {
+            if (left > 0) *reinterpret_cast<uint32_t*>(to) = pair;
+        } else {
+            if (left > 0) to[0] = uint16_t(pair);
+            if (left > 1) to[1] = uint16_t(pair >> 16);
+        }
+    }
+};
+
+// A result in the input type, rows of COLUMNS numbers `stride` apart.
+template <int COLUMNS, int WIDTH>
+DEVICE void store_result(uint16_t* to, int64_t stride, const Vector<WIDTH>& value, const Rows& rows) {
+    if (!to) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (!rows.exists(r)) continue;
+        uint16_t* start = to + rows.number(r) * stride + rows.column(0);
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n) {
+            uint32_t pair = pack(value.x[n][2 * r], value.x[n][2 * r + 1]);
+            int left = COLUMNS - rows.column(n);
+            if (COLUMNS % 2 == 0) {
+                if (left > 0) *reinterpret_cast<uint32_t*>(start + 8 * n) = pair;
+            } else {
+                if (left > 0) start[8 * n] = uint16_t(pair);
+                if (left > 1) start[8 * n + 1] = uint16_t(pair >> 16);
+            }
+        }
+    }
+}

@@ -1,0 +1,112 @@
+"""A plan of sweeps that hold query rows bound to its kernel: what a call passes to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Callable
+
+import torch
+
+from lla_compile.backends.cuda import compiler, runtime, sweep_kernels
+from lla_compile.backends.cuda.sweep_source import print_sweeps
+from lla_compile.backends.scalars import scalars_of
+from lla_compile.storage import layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plans import KernelConfig, Plan
+    from lla_compile.spec import LLASpec
+
+_ALIGNMENT = 16  # bytes; of whatever is copied asynchronously
+# Heads run in groups whose keys and values take at most this share of the L2, see the Triton backend's launcher.
+_L2_SHARE = 0.2
+
+
+def precompile_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
+    """Compile what calls with aligned tensors need."""
+    kernel = sweep_kernels.kernel(spec, config, device)
+    compiler.compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability, kernel.printed)
+
+
+def build_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:
+    """Compile what any call needs into ``folder``; returns the files."""
+    kernel = sweep_kernels.kernel(spec, config, device)
+    return [
+        compiler.build_kernel(
+            kernel.source, kernel.defines | {"ALIGNED": aligned}, device.compute_capability, folder, kernel.printed
+        )
+        for aligned in ("1", "0")
+    ]
+
+
+class SweepLauncher:
+    """Executable of a `fused` plan; see :class:`lla_compile.backends.Executable`."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        spec, config = plan.spec, plan.config
+        self._source = print_sweeps(spec.op, spec.phase)
+        self._arguments = self._source.arguments
+        self._kernel = sweep_kernels.kernel(spec, config, plan.device)
+        self._in_memory = self._source.waiting[int(self._kernel.defines["PARKED"]) :]
+        self._element_alignment = _ALIGNMENT // getattr(torch, spec.dtype).itemsize
+        heads = spec.batch * spec.num_heads
+        self._counts = (
+            heads, spec.num_heads, spec.group_size, _heads_per_group(spec, plan.device), spec.seqlen_q, spec.seqlen_k,
+            spec.window_size or 0,
+        )  # fmt: skip
+        self._scalars = tuple(float(getattr(plan, name)) for name in self._source.program.scalars)
+        self._bound: dict[tuple, list[Callable]] = {}
+
+    def __call__(self, inputs, wanted):
+        spec, program = self._plan.spec, self._source.program
+        q, k, v = (inputs[name] for name in "qkv")
+        ridge_tensor, ridge, ridge_strides, scale_tensor, scale = scalars_of(inputs)
+        made = {
+            name: layout(program, name, q, k, v, spec.precision, packed=False).empty(q)
+            for name in dict.fromkeys((*wanted, *self._in_memory))
+        }
+        streamed = [inputs[name] for name in (*program.row_inputs, *program.col_inputs)]
+        strides = [stride for x in streamed for stride in x.stride()[:3]]
+        aligned = not any(x.data_ptr() % _ALIGNMENT for x in streamed) and not any(
+            stride % self._element_alignment for stride in strides
+        )
+        for name, stored in program.outputs.items():
+            if stored == "input":
+                strides += made[name].stride()[:3] if name in made else (0, 0, 0)
+        pointers = [x.data_ptr() for x in streamed]
+        others = (name for name in self._source.waiting if name not in program.outputs)
+        pointers += [_pointer(made.get(name)) for name in (*program.outputs, *others)]
+        scalars = {"ridge": (ridge_tensor, ridge, ridge_strides)}
+        row_scalars = [scalars[name] for name in program.row_scalars]
+        packed = self._arguments.pack(
+            *pointers, _pointer(scale_tensor), *(_pointer(tensor) for tensor, _, _ in row_scalars), *strides,
+            *(stride for _, _, of in row_scalars for stride in of), q.shape[0] * q.shape[1] * q.shape[2], scale,
+            *(number for _, number, _ in row_scalars), *self._scalars, *self._counts,
+        )  # fmt: skip
+        launches = self._bound.get((aligned, q.device))
+        if launches is None:
+            launches = self._bound[aligned, q.device] = self._bind(aligned)
+        runtime.launch(launches, packed, q.device)
+        return {name: made[name] for name in wanted}
+
+    def _bind(self, aligned: bool) -> list[Callable]:
+        """The kernel as the runtime launches it; a plan without queries has none."""
+        kernel, capability = self._kernel, self._plan.device.compute_capability
+        if not kernel.grid[0]:
+            return []
+        return [runtime.load(kernel, kernel.defines | {"ALIGNED": str(int(aligned))}, capability)]
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _heads_per_group(spec: LLASpec, device: DeviceInfo) -> int:
+    """Heads that run together, in groups of about equal size; those of a group of queries stream the same keys."""
+    heads = spec.batch * spec.num_heads
+    bytes_per_head = spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * getattr(torch, spec.dtype).itemsize
+    together = max(2, int(device.l2_bytes * _L2_SHARE) // max(1, bytes_per_head))
+    groups = max(1, -(-heads // (together * spec.group_size)))
+    return max(1, -(-heads // groups))

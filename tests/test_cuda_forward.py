@@ -1,0 +1,163 @@
+"""The CUDA kernels of the forward pass on the CPU, thread by thread."""
+
+import pytest
+import torch
+from cuda_emulation import COMPILER, emulated  # noqa: F401
+from problems import (
+    assert_close,
+    assert_gradients_close,
+    make_grad_out,
+    make_plan,
+    make_problem,
+    run_forward,
+    run_info,
+)
+
+from lla_compile import backends
+from lla_compile.autograd import GRADIENTS
+from lla_compile.backends.cuda import sweep_kernels
+from lla_compile.backends.cuda.sweep_launcher import SweepLauncher
+from lla_compile.devices import resolve
+from lla_compile.lowering import SAVED
+from lla_compile.precision import error_limit
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+HOPPER = resolve("h200")
+# One warp group of rows, two, three; with tiles of 32, 64 and 96 keys.
+TILES = {
+    64: dict(block_q=64, block_k=32, num_warps=8, num_stages=3),
+    128: dict(block_q=128, block_k=64, num_warps=12, num_stages=3),
+    192: dict(block_q=192, block_k=64, num_warps=16, num_stages=4),
+}
+SHAPES = [
+    dict(),
+    dict(is_causal=False, seqlen_q=70, seqlen_k=99),
+    dict(seqlen_q=45, seqlen_k=130),
+    dict(seqlen_q=130, seqlen_k=30),
+    dict(heads=4, kv_heads=2, batch=2, seqlen_q=33),
+    dict(window_size=40, seqlen_q=200),
+    dict(window_size=1, seqlen_q=20),
+    dict(head_dim=40, head_dim_v=5),
+    dict(head_dim=33, head_dim_v=77, seqlen_q=50),
+    dict(head_dim=128, seqlen_q=150),
+    dict(head_dim=96, head_dim_v=128, seqlen_q=20),
+    dict(dtype=torch.float16),
+]
+
+
+def problem(**fields):
+    return make_problem(**dict(heads=1, seqlen_q=100, head_dim=64, dtype=torch.bfloat16) | fields)
+
+
+def run(p, precision="accurate", block_q=128, **knobs):
+    scale = knobs.pop("scale", None)
+    return run_info(p, "cuda", precision, HOPPER, scale, **TILES[block_q] | knobs)
+
+
+def limit(p, precision="accurate", ridge=1.0):
+    return error_limit(str(p.q.dtype).removeprefix("torch."), precision, ridge)
+
+
+@pytest.mark.parametrize("fields", SHAPES, ids=str)
+def test_shapes(fields):
+    p = problem(**fields)
+    out, _, residual = run(p)
+    assert_close(out, p.reference(), limit(p))
+    assert residual.max() <= 1e-3
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("block_q, block_k", [(64, 32), (128, 96), (192, 64)])
+def test_tiles(emulated, block_q, block_k, backwards):  # noqa: F811
+    emulated["backwards"] = backwards
+    p = problem(seqlen_q=230, window_size=150)
+    assert_close(run(p, "fast", block_q, block_k=block_k)[0], p.reference(), limit(p, "fast"))
+
+
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+def test_saved_state_and_info_are_those_of_the_eager_backend(precision):
+    p = problem(seqlen_q=90, head_dim_v=40, ridge=0.5)
+    wanted = ("out", "iterations", "final_residual", *SAVED)
+    got = run_forward(p, wanted, "cuda", precision, HOPPER, **TILES[128])
+    expected = run_forward(p, wanted, precision=precision, block_q=64)
+    terms = got["unit_probe"].shape[0]
+    for name, value in got.items():
+        assert (value.shape, value.dtype) == (expected[name].shape, expected[name].dtype)
+    assert (got["iterations"] - expected["iterations"]).abs().max() <= 1
+    for name in ("lse", "kbar", "probe_norm"):
+        torch.testing.assert_close(got[name], expected[name], rtol=2e-3, atol=2e-3)
+    probes = [x["unit_probe"].float().sum(0) for x in (got, expected)]
+    torch.testing.assert_close(*probes, rtol=0, atol=1e-2)
+    if terms == 2:
+        assert (got["unit_probe"][1].float().abs() <= got["unit_probe"][0].float().abs() / 128).all()
+
+
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+def test_another_backend_goes_backward_from_what_is_saved(precision):
+    p = problem(seqlen_q=80)
+    grad_out = make_grad_out(p)
+    saved = run_forward(p, tuple(SAVED), "cuda", precision, HOPPER, **TILES[128])
+    given = {"grad_out": grad_out} | saved
+    backward = backends.get("eager").bind(make_plan(p, precision=precision, phase="backward"))
+    got = backward(p.inputs() | given, GRADIENTS)
+    assert_gradients_close(got, p.reference_gradients(grad_out), error_limit("bfloat16", precision, 1.0, "backward"))
+
+
+def test_any_strides_and_alignment():
+    p = problem(batch=2, heads=2, kv_heads=1, seqlen_q=30)
+    expected = run(p)[0]
+    p.q = p.q.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(run(p)[0], expected)
+    p.k = torch.nn.functional.pad(p.k, (3, 2, 1, 4), value=torch.nan)[:, :, 1:-4, 3:-2]
+    p.v = p.v.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
+    assert torch.equal(run(p)[0], expected)
+
+
+def test_tensors_of_ridge_and_scale():
+    p = problem(heads=2, seqlen_q=40)
+    p.ridge = (torch.rand((2, 40), generator=torch.Generator().manual_seed(1)) + 0.5).expand(1, 2, 40)
+    scale = torch.tensor(0.2)
+    out = run(p, scale=scale)[0]
+    assert_close(out, p.reference(scale), limit(p))
+
+
+def test_rows_without_keys_are_zero():
+    p = problem(seqlen_q=150, seqlen_k=8)
+    out, iterations, residual = run(p, cg_max_iters=8)
+    assert (out[:, :, :142] == 0).all() and (out[:, :, 142:] != 0).any(-1).all()
+    assert (iterations[:, :, :142] == 0).all() and (residual[:, :, :142] == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+def test_duplicate_keys_at_a_small_ridge_are_finite(precision):
+    p = problem(seqlen_q=33, ridge=1e-4)
+    p.k = p.k[:, :, :3].repeat(1, 1, 11, 1)
+    out, _, residual = run(p, precision, cg_tol=0, cg_max_iters=12)
+    assert out.isfinite().all() and residual.isfinite().all()
+
+
+def test_groups_of_rows_stop_by_themselves():
+    """The first rows see few keys and take many iterations; the cap binds all."""
+    p = problem(seqlen_q=128)
+    p.ridge = torch.where(torch.arange(128) < 64, 0.5, 5.0).expand(1, 1, 128)
+    _, iterations, residual = run(p)
+    first, second = iterations[..., :64].max(), iterations[..., 64:].max()
+    assert first > second + 3 and residual.max() <= 1e-3
+    _, capped, unfinished = run(p, cg_max_iters=3)
+    assert capped.max() == 3 and unfinished.max() > 1e-3
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(head_dim=128, head_dim_v=40)], ids=str)
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+@pytest.mark.parametrize("block_q", TILES)
+def test_python_and_cuda_agree_on_sizes(block_q, precision, fields):
+    """Of the arguments and of shared memory, which the launcher and the resource model count by themselves."""
+    p = problem(seqlen_q=3, **fields)
+    plan = make_plan(p, "cuda", precision, HOPPER, **TILES[block_q])
+    if sweep_kernels.shared_memory(plan.spec, plan.config, 0) > sweep_kernels.shared_memory_limit(plan.config, HOPPER):
+        pytest.skip("it does not fit")
+    launcher = SweepLauncher(plan)
+    launcher(p.inputs(), ("out",))
+    [[kernel]] = launcher._bound.values()
+    assert kernel.library.shared_size() == kernel.kernel.shared
+    assert kernel.library.arguments_size() == launcher._arguments.size
