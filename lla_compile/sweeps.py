@@ -263,6 +263,12 @@ class SweepList:
         return kinds
 
     @cached_property
+    def row_operands(self) -> tuple[str, ...]:
+        """The inputs that tile products take rows of; what is left is read once, row by row."""
+        used = {score.row for sweep in self.sweeps for score in sweep.scores}
+        return tuple(name for name in self.row_inputs if name in used)
+
+    @cached_property
     def rounded(self) -> frozenset[str]:
         """Names whose every value is ``rounded``: a backend may keep them in the input type."""
         assigns = [a for s in self.sweeps for a in (*s.prologue, *s.epilogue)]

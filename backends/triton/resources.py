@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Iterator
 from lla_compile.backends.tiles import padded_width
 from lla_compile.expr import Kind
 from lla_compile.lowering import lower
-from lla_compile.precision import split_terms
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
@@ -89,7 +88,7 @@ class _Tiles:
 
 
 def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig) -> _Tiles:
-    terms = split_terms(spec.dtype, spec.precision)
+    terms = spec.terms
 
     def width(name: str) -> int:
         return padded_width(spec.head_dim_v if name in program.value_wide else spec.head_dim)
@@ -118,7 +117,7 @@ def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig
     return _Tiles(
         held_block=config.block_q,
         streamed_block=config.block_k,
-        held=config.block_q * sum(width(name) for name in program.row_inputs),
+        held=config.block_q * sum(width(name) for name in program.row_operands),
         streamed=config.block_k * sum(width(name) for name in names & set(program.col_inputs)),
         streamed_numbers=0,
         computed=config.block_q * sum(width(name) for name in row_operands - given),
@@ -142,7 +141,7 @@ def _sweeps(spec: LLASpec, config: KernelConfig) -> Iterator[tuple[_Tiles, Kerne
 def _placement(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> _Placement:
     capability = float(device.compute_capability)
     stages = max(config.num_stages, 1)
-    terms = split_terms(spec.dtype, spec.precision)
+    terms = spec.terms
     if (spec.dtype, spec.precision) == ("float32", "accurate"):
         terms = 3  # of a tf32x3 product
     split = config.schedule == "split"  # a split sweep loads its row operands instead of computing them
@@ -182,7 +181,7 @@ def shared_memory_bytes(spec: LLASpec, config: KernelConfig, device: DeviceInfo)
 
 
 def _shared(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> int:
-    placement, terms = _placement(spec, config, tiles, device), split_terms(spec.dtype, spec.precision)
+    placement, terms = _placement(spec, config, tiles, device), spec.terms
     if spec.dtype == "float32" and tiles.held_block < _MMA_ROWS * config.num_warps:
         terms += 1  # warps that share rows exchange weights once more to take them apart
     elements = tiles.held + placement.stages * tiles.streamed
@@ -203,7 +202,7 @@ def registers_per_thread(spec: LLASpec, config: KernelConfig, device: DeviceInfo
 
 
 def _registers(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> int:
-    placement, terms = _placement(spec, config, tiles, device), split_terms(spec.dtype, spec.precision)
+    placement, terms = _placement(spec, config, tiles, device), spec.terms
     elements = terms * (tiles.weights if tiles.computed or tiles.loaded else 0)
     if not placement.computed_copies:
         elements += terms * max(tiles.computed, tiles.loaded)

@@ -114,13 +114,14 @@ def print_module(
         sweep = sweep_of(stages[0])
         lone_loop = stages[0] if len(stages) == 1 and isinstance(stages[0], Loop) else None
         kernel = Kernel(_name(program, stages), sweep.holds, lone_loop)
-        printer = row_printer if sweep.holds == "rows" else KeyKernelPrinter
-        in_memory = {*state, *program.outputs, *program.given}
-        texts.append(printer(program, in_memory).print(kernel.name, stages, parameters))
+        printer = (row_printer if sweep.holds == "rows" else KeyKernelPrinter)(
+            program, {*state, *program.outputs, *program.given}
+        )
+        texts.append(printer.print(kernel.name, stages, parameters))
         kernels.append(kernel)
     header = CACHE_HEADER if cached else _HEADER
     text = "\n\n".join([header, *texts])
-    return Module(text, program, tuple(kernels), parameters, row_printer.constexprs, state)
+    return Module(text, program, tuple(kernels), parameters, printer.constexprs, state)
 
 
 def _launches(program: SweepList, schedule: str) -> list[tuple[Stage, ...]]:

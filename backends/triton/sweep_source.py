@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Iterable
 
 from lla_compile.expr import Expr, to_source
-from lla_compile.sweeps import Assign, Score, Sweep, SweepList
+from lla_compile.sweeps import Accumulator, Assign, P, Score, Sweep, SweepList
 
 _TEMPLATES = {
     "add": "({0} + {1})",
@@ -122,7 +122,7 @@ class SweepPrinter:
             out.add("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
         for name in dict.fromkeys(a.name for a in sweep.accumulators):
             out.add(f"{name} = tl.zeros([{side.held_block}, {self.width(name)[1]}], tl.float32)")
-        for name in filter(None, (a.row_sum for a in sweep.accumulators)):
+        for name in filter(None, (*(a.row_sum for a in sweep.accumulators), *(s.mean for s in sweep.scores))):
             out.add(f"{name} = tl.zeros([{side.held_block}], tl.float32)")
 
     def stream_keys(self, sweep: Sweep) -> None:
@@ -217,6 +217,9 @@ class SweepPrinter:
         else:
             columns = [score.col for score in sweep.scores] + [a.operand for a in sweep.accumulators]
             self.load_streamed_columns(dict.fromkeys(columns))
+        if sweep.means():
+            self._mean_tile(sweep, side)
+            return
         for score in sweep.scores:
             out.add(f"{score.name} = {self._score(score, sweep, side)}")
             if score is sweep.scores[0]:
@@ -229,14 +232,47 @@ class SweepPrinter:
                 weight = f"weight_{number}"
                 out.add(f"{weight} = {self._text(accumulator.weight, side.row)}")
                 self.terms(weight)
-            operand = self._operand(accumulator.operand)
-            out.add(
-                f"{accumulator.name} = accumulate({accumulator.name}, {weight}_high, {weight}_low, "
-                f"{operand[0]}, {operand[1]}, {self.term_count}, {operand[2]}, INPUT_PRECISION)"
-            )
+            self._accumulate(accumulator, weight)
             if accumulator.row_sum:
                 as_multiplied = f"{weight} if {self.term_count} == 2 else {weight}_high.to(tl.float32)"
                 out.add(f"{accumulator.row_sum} += tl.sum({as_multiplied}, axis=1)")
+
+    def _mean_tile(self, sweep: Sweep, side: Side) -> None:
+        """A tile of an "online" sweep whose scores are relative to running means.
+
+        All scores come first, so that their products run while the weights are formed, and all accumulators last.
+        """
+        out = self.out
+        for score in sweep.scores:
+            out.add(f"{score.name} = {self._score(score, sweep, side)}")
+        self._online_max(side, sweep.scores[0].name)
+        out.add("row_sum = row_sum * rescale + tl.sum(p, axis=1)")
+        out.add("row_max = new_max")
+        for accumulator in sweep.accumulators:
+            out.add(f"{accumulator.name} *= rescale[:, None]")
+        for score in filter(lambda score: score.mean, sweep.scores):
+            # A row without a key so far has no weight either.
+            out.add(f"moved = tl.sum(p * ({score.name} - {score.mean}[:, None]), axis=1) / tl.maximum(row_sum, 1e-30)")
+            out.add(f"{score.mean} += moved")
+            out.add(f"{score.name} -= {score.mean}[:, None]")
+            for accumulator in sweep.accumulators:
+                if accumulator.about and score.name in accumulator.weight.symbols():
+                    out.add(f"{accumulator.name} -= moved[:, None] * {accumulator.about}")
+        weights = []
+        for number, accumulator in enumerate(sweep.accumulators):
+            weights.append("p" if accumulator.weight == P else f"weight_{number}")
+            if accumulator.weight != P:
+                out.add(f"{weights[-1]} = {self._text(accumulator.weight, side.row)}")
+                self.terms(weights[-1])
+        for accumulator, weight in zip(sweep.accumulators, weights):
+            self._accumulate(accumulator, weight)
+
+    def _accumulate(self, accumulator: Accumulator, weight: str) -> None:
+        operand = self._operand(accumulator.operand)
+        self.out.add(
+            f"{accumulator.name} = accumulate({accumulator.name}, {weight}_high, {weight}_low, "
+            f"{operand[0]}, {operand[1]}, {self.term_count}, {operand[2]}, INPUT_PRECISION)"
+        )
 
     def _operand(self, name: str) -> tuple[str, str, str]:
         """(high term, low term, number of terms) of a tile product's operand."""
@@ -259,13 +295,28 @@ class SweepPrinter:
 
     def _softmax_weights(self, sweep: Sweep, side: Side, score: str, online: bool) -> None:
         out = self.out
+        if not online:
+            self._mask(side, score)
+            out.add(f"p = tl.exp2({score} - {side.row.format('lse_shifted')})")
+            return
+        self._online_max(side, score)
+        # The weights as the product sees them: the mean of keys that share an offset then keeps that offset.
+        out.add("row_sum = row_sum * rescale + tl.sum(p if TERMS == 2 else p_high.to(tl.float32), axis=1)")
+        for accumulator in sweep.accumulators:
+            out.add(f"{accumulator.name} *= rescale[:, None]")
+        out.add("row_max = new_max")
+
+    def _mask(self, side: Side, score: str) -> None:
+        out = self.out
         out.open("if segment != 1:")
         out.add(f"mask = visible({side.mask}, seqlen_q, seqlen_k, window, CAUSAL, WINDOWED)")
         out.add(f'{score} = tl.where(mask, {score}, float("-inf"))')
         out.close()
-        if not online:
-            out.add(f"p = tl.exp2({score} - {side.row.format('lse_shifted')})")
-            return
+
+    def _online_max(self, side: Side, score: str) -> None:
+        """The running maximum with this tile, the weights relative to it, and what that makes of earlier sums."""
+        out = self.out
+        self._mask(side, score)
         out.add(f"new_max = tl.maximum(row_max, tl.max({score}, axis=1))")
         out.add("finite_max = new_max")
         out.open("if segment != 1:")
@@ -274,11 +325,6 @@ class SweepPrinter:
         out.add(f"p = tl.exp2({score} - finite_max[:, None])")
         self.terms("p")
         out.add("rescale = tl.exp2(row_max - finite_max)")
-        # The weights as the product sees them: the mean of keys that share an offset then keeps that offset.
-        out.add("row_sum = row_sum * rescale + tl.sum(p if TERMS == 2 else p_high.to(tl.float32), axis=1)")
-        for accumulator in sweep.accumulators:
-            out.add(f"{accumulator.name} *= rescale[:, None]")
-        out.add("row_max = new_max")
 
     def _assign(self, assign: Assign) -> None:
         if assign.value.op == "rounded":
