@@ -138,6 +138,9 @@ class SweepPrinter:
                 self.terms(name)
         if sweep.softmax == "saved":
             out.add("lse_shifted = lse - WEIGHT_SHIFT")
+        if sweep.means():
+            # A number is positive (see the launcher): the maximum is taken of bare scores, and the exponent is one FMA.
+            out.add("factor = 1.0 if SCALE_TENSOR else scale_log2")
         self.start_sums(sweep)
         self.segments(sweep)
         for name in rounded_rows:
@@ -242,17 +245,25 @@ class SweepPrinter:
 
         All scores come first, so that their products run while the weights are formed, and all accumulators last.
         """
-        out = self.out
+        out, attention = self.out, sweep.scores[0].name
         for score in sweep.scores:
             out.add(f"{score.name} = {self._score(score, sweep, side)}")
-        self._online_max(side, sweep.scores[0].name)
-        out.add("row_sum = row_sum * rescale + tl.sum(p, axis=1)")
+        out.open("if SCALE_TENSOR:")
+        out.add(f"{attention} *= scale_log2")
+        out.close()
+        self._mask(side, attention)
+        out.add(f"new_max = tl.maximum(row_max, tl.max({attention}, axis=1) * factor)")
+        self._finite_max()
+        out.add(f"p = tl.exp2({attention} * factor - finite_max[:, None])")
+        out.add("rescale = tl.exp2(row_max - finite_max)")
         out.add("row_max = new_max")
+        out.add("tile_sum = tl.sum(p, axis=1)")
+        out.add("row_sum = row_sum * rescale + tile_sum")
         for accumulator in sweep.accumulators:
             out.add(f"{accumulator.name} *= rescale[:, None]")
         for score in filter(lambda score: score.mean, sweep.scores):
-            # A row without a key so far has no weight either.
-            out.add(f"moved = tl.sum(p * ({score.name} - {score.mean}[:, None]), axis=1) / tl.maximum(row_sum, 1e-30)")
+            out.add(f"moved = tl.sum(p * {score.name}, axis=1) - tile_sum * {score.mean}")
+            out.add("moved = moved / tl.maximum(row_sum, 1e-30)  # a row without a key so far has no weight either")
             out.add(f"{score.mean} += moved")
             out.add(f"{score.name} -= {score.mean}[:, None]")
             for accumulator in sweep.accumulators:
@@ -263,7 +274,7 @@ class SweepPrinter:
             weights.append("p" if accumulator.weight == P else f"weight_{number}")
             if accumulator.weight != P:
                 out.add(f"{weights[-1]} = {self._text(accumulator.weight, side.row)}")
-                self.terms(weights[-1])
+            self.terms(weights[-1])
         for accumulator, weight in zip(sweep.accumulators, weights):
             self._accumulate(accumulator, weight)
 
@@ -289,7 +300,7 @@ class SweepPrinter:
             value += f" - {side.row.format(score.center)}"
         if score.wide:
             value = f"({value}).to(tl.float32)"
-        if score is sweep.scores[0]:
+        if score is sweep.scores[0] and not sweep.means():
             value = f"({value}) * scale_log2" if score.center else f"{value} * scale_log2"
         return value
 
@@ -318,13 +329,18 @@ class SweepPrinter:
         out = self.out
         self._mask(side, score)
         out.add(f"new_max = tl.maximum(row_max, tl.max({score}, axis=1))")
+        self._finite_max()
+        out.add(f"p = tl.exp2({score} - finite_max[:, None])")
+        self.terms("p")
+        out.add("rescale = tl.exp2(row_max - finite_max)")
+
+    def _finite_max(self) -> None:
+        """What to subtract from the scores: not the maximum of a row that has seen no key."""
+        out = self.out
         out.add("finite_max = new_max")
         out.open("if segment != 1:")
         out.add('finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)')
         out.close()
-        out.add(f"p = tl.exp2({score} - finite_max[:, None])")
-        self.terms("p")
-        out.add("rescale = tl.exp2(row_max - finite_max)")
 
     def _assign(self, assign: Assign) -> None:
         if assign.value.op == "rounded":
