@@ -59,6 +59,8 @@ class TritonBackend:
         if config.schedule == "gram":
             return _hash_of_files("gram_kernels.py", "gram_launcher.py", "cache_primitives.py", "primitives.py")
         written = ("primitives.py", "cache_primitives.py" if spec.phase == "decode" else "packing.py")
+        if not spec.solves:
+            written += ("mean_primitives.py",)
         return _hash_of_files(*written, printed=(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec)))
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:

@@ -40,6 +40,8 @@ from lla_compile.backends.triton.primitives import (
 )
 """
 
+_SEEDED_IMPORT = "from lla_compile.backends.triton.mean_primitives import seeded_product\n"
+
 # What kernels take beside tensors, strides and the solver's numbers: pointers, and counts. Decoding has its own.
 _POINTERS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "row_tiles_ptr", "key_tiles_ptr")
 _COUNTS = (
@@ -120,6 +122,8 @@ def print_module(
         texts.append(printer.print(kernel.name, stages, parameters))
         kernels.append(kernel)
     header = CACHE_HEADER if cached else _HEADER
+    if any(score.seeded for sweep in program.sweeps for score in sweep.scores):
+        header += _SEEDED_IMPORT
     text = "\n\n".join([header, *texts])
     return Module(text, program, tuple(kernels), parameters, printer.constexprs, state)
 

@@ -294,6 +294,8 @@ class SweepPrinter:
     def _score(self, score: Score, sweep: Sweep, side: Side) -> str:
         row, col = self._operand(score.row), self._operand(score.col)
         held, streamed = (row, col) if sweep.holds == "rows" else (col, row)
+        if score.seeded:
+            return f"seeded_product({side.row.format(score.center)}, {held[0]}, {streamed[0]}, INPUT_PRECISION)"
         operands = ", ".join((*held[:2], *streamed[:2], held[2], streamed[2]))
         value = f"score_product({operands}, INPUT_PRECISION, {'WIDE' if score.wide else 'False'})"
         if score.center:
