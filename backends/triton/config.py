@@ -76,7 +76,7 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     warpgroups = 9.0 <= float(device.compute_capability or 0) < 12.0
     space = {
         # One sweep that holds rows is one launch either way.
-        "schedule": ("fused", "split") if spec.solves else ("fused",),
+        "schedule": ("fused", "split") if spec.solves or _holds_keys(spec) else ("fused",),
         "block_q": (64, 128) if warpgroups else (16, 32, 64, 128),
         "block_k": (32, 64, 128),
         "num_warps": (4, 8) if warpgroups else (1, 2, 4, 8),

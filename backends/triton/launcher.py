@@ -100,7 +100,7 @@ def compile_variant(
 
 def module_of(spec: LLASpec, config: KernelConfig, wanted: tuple[str, ...] | None) -> Module:
     """What is printed for a plan; ``wanted`` None prints every output."""
-    return print_module(spec.op, spec.phase, config.schedule, one_sum_a_sweep(spec), wanted)
+    return print_module(spec.op, spec.phase, config.schedule, one_sum_a_sweep(spec, config), wanted)
 
 
 def config_of(kernel: Kernel, config: KernelConfig) -> KernelConfig:

@@ -33,8 +33,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def one_sum_a_sweep(spec: LLASpec) -> bool:
-    """Whether heads are so wide that two accumulators of a key tile do not fit in registers together."""
+def one_sum_a_sweep(spec: LLASpec, config: KernelConfig) -> bool:
+    """Whether every sum over a key tile has a launch of its own.
+
+    So it is where heads are so wide that two accumulators do not fit in registers together; and in the schedule `split`
+    of operators that solve nothing, whose rows are one sweep anyway.
+    """
+    if config.schedule == "split" and not spec.solves:
+        return True
     return max(padded_width(spec.head_dim), padded_width(spec.head_dim_v)) > _WIDEST_PAIR
 
 
@@ -131,7 +137,7 @@ def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig
 def _sweeps(spec: LLASpec, config: KernelConfig) -> Iterator[tuple[_Tiles, KernelConfig]]:
     """What every sweep of the spec works with."""
     program = lower(spec.op, spec.phase)
-    if one_sum_a_sweep(spec):
+    if one_sum_a_sweep(spec, config):
         program = program.one_sum_a_sweep()
     for sweep in program.sweeps:
         own = config.holding_keys if sweep.holds == "keys" else config
