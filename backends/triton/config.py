@@ -48,11 +48,28 @@ _KEYS_PREFERENCE = (
 _WIDE_KEYS_PREFERENCE = ((16, 64, 4, 2), *_KEYS_PREFERENCE)
 
 
+# Operators that solve nothing have no row state to park: their forward sweep has two accumulators and two scores, the
+# one of their backward pass that holds rows two and three. Rows of two warpgroups share a key tile.
+_MEAN_PREFERENCE = {
+    ("forward", False): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("forward", True): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
+    ("backward", False): ((64, 64, 4, 3),),
+    ("backward", True): ((64, 32, 4, 3),),
+}
+_SHARED_ROWS = ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))  # of heads past 128, whose accumulators need the warps
+_MEAN_KEYS_PREFERENCE = ((32, 64, 4, 3),)
+
+
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """The first preferred shape that the device can hold, `fused` before `split`."""
     wide = max(padded_width(spec.head_dim), padded_width(spec.head_dim_v)) >= _WIDE
     shapes = _WIDE_PREFERENCE if wide else _PREFERENCE
-    keys_shapes = (_WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE) if _holds_keys(spec) else ((None,) * 4,)
+    keys_shapes = _WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE
+    if not spec.solves:
+        shapes = (*_MEAN_PREFERENCE[spec.phase, wide], *shapes[:-1], *_SHARED_ROWS, shapes[-1])
+        keys_shapes = (*_MEAN_KEYS_PREFERENCE, *keys_shapes)
+    if not _holds_keys(spec):
+        keys_shapes = ((None,) * 4,)
     for schedule, keys_shape, shape in itertools.product(("fused", "split"), keys_shapes, shapes):
         config = KernelConfig("triton", schedule, shape[0], shape[1], _cg_max_iters(spec), *shape[2:], *keys_shape)
         if infeasible(spec, config, device) is None:
