@@ -1,4 +1,4 @@
-"""Scale, and the ridge where there is one, as kernels take them: a number, or a pointer in whose place the number is not read."""
+"""Scale, and a ridge if there is one, as kernels take them: a number, or a pointer, and then the number is not read."""
 
 from __future__ import annotations
 

@@ -101,13 +101,8 @@ def check_probe(r, q: torch.Tensor) -> None:
         raise ValueError(f"r must have the shape of q, {tuple(q.shape)}, got {tuple(r.shape)}")
 
 
-def spec_of(
-    q, k, v, options: Options, num_sequences: int | None = None, phase: str = "forward", r=None
-) -> LLASpec:
-    """The spec of a call. Raises like :func:`check_tensors` and :func:`check_probe`, and as LLASpec does for the options.
-
-    ``r`` is looked at where there is one.
-    """
+def spec_of(q, k, v, options: Options, num_sequences: int | None = None, phase: str = "forward", r=None) -> LLASpec:
+    """The spec of a call. Raises like :func:`check_tensors`, :func:`check_probe` if there is one, and LLASpec."""
     check_tensors(q, k, v)
     if r is not None:
         check_probe(r, q)

@@ -14,6 +14,7 @@ from lla_compile.dispatch import Inputs
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
+
 class SolveInfo(NamedTuple):
     """What the solver did in every query row.
 

@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """The tensors of a decoding step, as :func:`lla_compile.lla_decode` takes them; ``ridge`` and ``r`` as in Inputs."""
+    """The tensors of a decoding step, as :func:`lla_compile.lla_decode` takes them, ``ridge`` and ``r`` as in Inputs."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
@@ -189,7 +189,8 @@ def _decode_call(q, k_cache, v_cache, block_table, options: Options, r=None) -> 
         table = None if block_table is None else (block_table.shape, block_table.dtype, block_table.device)
         key = (
             "decode", q.shape, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype,
-            q.device, k_cache.device, v_cache.device, q.layout, k_cache.layout, v_cache.layout, table, options, _probe_key(r),
+            q.device, k_cache.device, v_cache.device, q.layout, k_cache.layout, v_cache.layout, table, options,
+            _probe_key(r),
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # as in run

@@ -201,9 +201,7 @@ class Plan:
     def _solver_line(self) -> tuple[str, str]:
         gram = self.config.schedule == "gram"
         split = f", operands split until {self.split_tol:g} ||r_0||" if self.split_tol and not gram else ""
-        return "CG", (
-            f"until ||r|| <= {self.spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations{split}"
-        )
+        return "CG", (f"until ||r|| <= {self.spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations{split}")
 
     def _sweeps_line(self) -> tuple[str, str]:
         spec = self.spec

@@ -182,9 +182,9 @@ def _entries(args: argparse.Namespace, info: DeviceInfo) -> Sequence[Entry]:
         ValueError: there are none.
     """
     given = {
-        "op": args.op, "phase": args.phase, "dtype": args.dtype, "head_dim": args.head_dim, "head_dim_v": args.head_dim_v,
-        "seqlen": args.seqlen, "batch_heads": args.batch_heads, "group": args.group, "precision": args.precision,
-        "backend": args.backend, "causal": None if args.causal is None else [args.causal],
+        "op": args.op, "phase": args.phase, "dtype": args.dtype, "head_dim": args.head_dim,
+        "head_dim_v": args.head_dim_v, "seqlen": args.seqlen, "batch_heads": args.batch_heads, "group": args.group,
+        "precision": args.precision, "backend": args.backend, "causal": None if args.causal is None else [args.causal],
     }  # fmt: skip
     selection = verify.select(info, {name: values for name, values in given.items() if values})
     for reason, count in selection.left_out.items():
@@ -373,7 +373,9 @@ def _parser() -> argparse.ArgumentParser:
         "--devices", metavar="all|0,1", help="search on several GPUs of this host together (default: on one)"
     )
     parser.add_argument("--out", type=Path, help="YAML file or directory to write to (default: the user's overlay)")
-    parser.add_argument("--trials-out", type=Path, metavar="FILE", help="append every trial to it, a JSON object a line")
+    parser.add_argument(
+        "--trials-out", type=Path, metavar="FILE", help="append every trial to it, a JSON object a line"
+    )
     parser.add_argument("--quick", action="store_true", help="few keys, few trials")
     return parser
 

@@ -225,7 +225,10 @@ def test_public_names():
         "lla_attention",
         "lla_attention_varlen",
         "lla_decode",
-        "lla_decode_workspace", "parallax_attention", "parallax_attention_varlen", "parallax_decode",
+        "lla_decode_workspace",
+        "parallax_attention",
+        "parallax_attention_varlen",
+        "parallax_decode",
         "parallax_decode_workspace",
         "plan",
     }

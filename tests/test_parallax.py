@@ -56,7 +56,9 @@ class TestReference:
 
 
 @pytest.mark.parametrize("fields", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 5e-3)], ids=str)
+@pytest.mark.parametrize(
+    "dtype, limit", [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 5e-3)], ids=str
+)
 def test_values_and_gradients(fields, dtype, limit):
     p = make_parallax_problem(dtype=dtype, **fields)
     assert_close(parallax_attention(*p.tensors, **p.options), p.reference(), limit)
@@ -136,7 +138,11 @@ def test_packed_sequences():
     [
         (TypeError, "r must be a torch.Tensor, got NoneType", dict(r=None)),
         (TypeError, "r must have the dtype of q, float32, got float64", dict(r=torch.zeros(1, 2, 8, 4).double())),
-        (ValueError, r"r must have the shape of q, \(1, 2, 8, 4\), got \(1, 2, 8, 3\)", dict(r=torch.zeros(1, 2, 8, 3))),
+        (
+            ValueError,
+            r"r must have the shape of q, \(1, 2, 8, 4\), got \(1, 2, 8, 3\)",
+            dict(r=torch.zeros(1, 2, 8, 3)),
+        ),
         (ValueError, "r must be on the device of q", dict(r=torch.zeros(1, 2, 8, 4, device="meta"))),
         (NotImplementedError, "r must be a dense tensor", dict(r=torch.zeros(1, 2, 8, 4).to_sparse())),
         (ValueError, "k and v must have the same seqlen", dict(v=torch.zeros(1, 2, 9, 4))),
@@ -163,7 +169,9 @@ def test_a_spec_that_solves_nothing_has_no_solver_settings():
             LLASpec.self_attention("bfloat16", 64, 256, 8, op="parallax", **setting)
 
 
-@pytest.mark.parametrize("phase, line", [("forward", "attend 4"), ("backward", "grad_q 5, grad_kv 6"), ("decode", "attend 4")])
+@pytest.mark.parametrize(
+    "phase, line", [("forward", "attend 4"), ("backward", "grad_q 5, grad_kv 6"), ("decode", "attend 4")]
+)
 def test_a_plan_says_nothing_of_cg(phase, line):
     q = torch.zeros(1, 2, 1 if phase == "decode" else 32, 8)
     text = str(plan(q, torch.zeros(1, 2, 32, 8), torch.zeros(1, 2, 32, 8), op="parallax", phase=phase))
@@ -171,7 +179,11 @@ def test_a_plan_says_nothing_of_cg(phase, line):
 
 
 def test_products_of_softmax_attention():
-    assert [sweep.products for phase in ("forward", "backward") for sweep in lower("softmax", phase).sweeps] == [2, 3, 4]
+    assert [sweep.products for phase in ("forward", "backward") for sweep in lower("softmax", phase).sweeps] == [
+        2,
+        3,
+        4,
+    ]
 
 
 class TestOperators:
@@ -200,7 +212,9 @@ class TestOperators:
 
     def test_compiles_without_a_graph_break(self):
         p = make_parallax_problem(12, head_dim=8)
-        compiled = torch.compile(lambda *x: parallax_attention(*x, window_size=5) * 2, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(
+            lambda *x: parallax_attention(*x, window_size=5) * 2, fullgraph=True, backend="aot_eager"
+        )
         leaves, again = p.leaves(), p.leaves()
         torch.testing.assert_close(compiled(*leaves), parallax_attention(*again, window_size=5) * 2)
         got = torch.autograd.grad(compiled(*leaves), leaves, p.grad_out)

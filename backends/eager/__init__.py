@@ -144,7 +144,10 @@ def _source_hash() -> str:
     import lla_compile
 
     package = Path(lla_compile.__file__).parent
-    files = [package / f"{name}.py" for name in ("expr", "gram", "lowering", "masks", "mean_lowering", "precision", "storage", "sweeps")]
+    files = [
+        package / f"{name}.py"
+        for name in ("expr", "gram", "lowering", "masks", "mean_lowering", "precision", "storage", "sweeps")
+    ]
     files += sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for file in files:

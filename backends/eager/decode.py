@@ -55,7 +55,7 @@ class _DecodeExecutable:
         return q.to(torch.float64 if wide else storage.state_dtype(q.dtype))
 
     def _parts(self, q: Tensor, inputs: Mapping[str, Value]) -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
-        """For every part of the keys, in turn: keys, values (B, Hkv, slots, width) and mask of one block after another."""
+        """For each part of the keys: keys, values (B, Hkv, slots, width) and mask of one block after another."""
         spec, config = self.plan.spec, self.plan.config
         lengths = inputs["seqlens"]
         if lengths is None:
@@ -71,7 +71,8 @@ class _DecodeExecutable:
         splits = [range(start, min(start + size, span), config.block_k) for start in range(0, span, max(size, 1))]
         for blocks in splits or [range(1)]:
             yield (
-                self._block(q, inputs, lengths, first + start, min(blocks.step, blocks.stop - start)) for start in blocks
+                self._block(q, inputs, lengths, first + start, min(blocks.step, blocks.stop - start))
+                for start in blocks
             )
 
     def _block(self, q: Tensor, inputs: Mapping[str, Value], lengths: Tensor, first: Tensor, size: int) -> tuple:

@@ -301,7 +301,9 @@ class _Run:
         first = masks.first_row_with_keys(spec.seqlen_q, spec.seqlen_k, spec.is_causal)
         for start in range(first if spec.batch else spec.seqlen_q, spec.seqlen_q, block):
             stop = min(start + block, spec.seqlen_q)
-            yield _Tile(start, stop, constants | {name: self._fold(name, x[:, :, start:stop]) for name, x in rows.items()})
+            yield _Tile(
+                start, stop, constants | {name: self._fold(name, x[:, :, start:stop]) for name, x in rows.items()}
+            )
 
     def _fold(self, name: str, x: Tensor) -> Tensor:
         """(B, Hq, rows, width) to (B*Hkv, group*rows, width): the queries of a group share their keys in one product."""

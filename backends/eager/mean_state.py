@@ -59,7 +59,5 @@ class MeanState(NamedTuple):
         states = [(state, (state.lse - anchor).exp()) for state in (self, other)]
         probe_mean = sum(weight * state.probe_mean for state, weight in states)
         value_mean = sum(weight * state.value_mean for state, weight in states)
-        out = sum(
-            weight * (state.out + (probe_mean - state.probe_mean) * state.value_mean) for state, weight in states
-        )
+        out = sum(weight * (state.out + (probe_mean - state.probe_mean) * state.value_mean) for state, weight in states)
         return MeanState(lse, probe_mean, value_mean, out)

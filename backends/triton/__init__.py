@@ -63,7 +63,9 @@ class TritonBackend:
         written = ("primitives.py", "cache_primitives.py" if spec.phase == "decode" else "packing.py")
         if not spec.solves:
             written += ("mean_primitives.py",)
-        return _hash_of_files(*written, printed=(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec, config)))
+        return _hash_of_files(
+            *written, printed=(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec, config))
+        )
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         if config.schedule == "gram":

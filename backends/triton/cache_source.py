@@ -43,9 +43,7 @@ class _CachedSweepPrinter(SweepPrinter):
         out.add("seen = (slots >= first_seen) & (slots < seqlen_k)")
         for name in names:
             width, block = self.width(name)
-            out.add(
-                f"{name}_slots = cached_rows(table, slots, seqlen_k, {name}_stride_b, {name}_stride_n, PAGE_SIZE)"
-            )
+            out.add(f"{name}_slots = cached_rows(table, slots, seqlen_k, {name}_stride_b, {name}_stride_n, PAGE_SIZE)")
             out.add(f"{name} = load_cached({name}_base, {name}_slots, 0, seen, {width}, {block}, {width} != {block})")
 
 

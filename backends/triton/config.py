@@ -50,8 +50,10 @@ _WIDE_KEYS_PREFERENCE = ((16, 64, 4, 2), *_KEYS_PREFERENCE)
 
 # Operators that solve nothing have no row state to park: their forward sweep has two accumulators and two scores, the
 # one of their backward pass that holds rows two and three. Rows of two warpgroups share a key tile.
+# Where operands come through registers, square tiles of that size spill.
+_SQUARE = (128, 128, 8, 2)
 _MEAN_PREFERENCE = {
-    ("forward", False): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("forward", False): (_SQUARE, (128, 64, 8, 3), (64, 64, 4, 3)),
     ("forward", True): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
     ("backward", False): ((64, 64, 4, 3),),
     ("backward", True): ((64, 32, 4, 3),),
@@ -66,7 +68,8 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     shapes = _WIDE_PREFERENCE if wide else _PREFERENCE
     keys_shapes = _WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE
     if not spec.solves:
-        shapes = (*_MEAN_PREFERENCE[spec.phase, wide], *shapes[:-1], *_SHARED_ROWS, shapes[-1])
+        own = (shape for shape in _MEAN_PREFERENCE[spec.phase, wide] if shape != _SQUARE or _has_warpgroups(device))
+        shapes = (*own, *shapes[:-1], *_SHARED_ROWS, shapes[-1])
         keys_shapes = (*_MEAN_KEYS_PREFERENCE, *keys_shapes)
     if not _holds_keys(spec):
         keys_shapes = ((None,) * 4,)
@@ -75,6 +78,10 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         if infeasible(spec, config, device) is None:
             break
     return config
+
+
+def _has_warpgroups(device: DeviceInfo) -> bool:
+    return 9.0 <= float(device.compute_capability or 0) < 12.0
 
 
 def _cg_max_iters(spec: LLASpec) -> int | None:
@@ -90,7 +97,7 @@ def _holds_keys(spec: LLASpec) -> bool:
 
 def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     """Values worth trying. Where a warp owns 16 rows by itself, smaller held tiles are an option."""
-    warpgroups = 9.0 <= float(device.compute_capability or 0) < 12.0
+    warpgroups = _has_warpgroups(device)
     space = {
         # One sweep that holds rows is one launch either way.
         "schedule": ("fused", "split") if spec.solves or _holds_keys(spec) else ("fused",),

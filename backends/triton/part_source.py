@@ -1,8 +1,8 @@
 """Printing decoding that cuts the keys of a query into parts: a pass over each, and the merge of what they leave.
 
 A part leaves what one "online" sweep has summed over its keys, that is its row maximum and row sum, the means of its
-scores, and its accumulators: those of the softmax over these keys alone, which merge exactly. In memory they are vectors
-of padded width and after them numbers, in the order of (sequence and key head, row, part).
+scores, and its accumulators: those of the softmax over these keys alone, which merge exactly. In memory they are
+vectors of padded width and after them numbers, in the order of (sequence and key head, row, part).
 """
 
 from __future__ import annotations

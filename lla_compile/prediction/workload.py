@@ -131,7 +131,7 @@ def _launches(
         sums = Pass(turns, masked, np.ones(len(turns)), flops, own.block_k, spec.head_dim + spec.head_dim_v)
         return [Launch(kernel, copies, (sums,))]
     turns, masked, seen = _key_tiles(spec, config.block_q, config.block_k)
-    loops = _turns_of_loops(program, spec, seen)
+    loops = _turns_of_loops(program, spec, seen) if spec.solves else {}
     copies = spec.batch * spec.num_heads
     if config.schedule == "split" and isinstance(stages[0], Loop):
         if _is_left_out(stages[0], program, spec):

@@ -36,9 +36,7 @@ class Evaluator:
         timer: how a launch is timed; None takes the device's own.
     """
 
-    def __init__(
-        self, problem: Problem, backends: Mapping[str, Backend], preset: Preset, timer: Timer | None = None
-    ):
+    def __init__(self, problem: Problem, backends: Mapping[str, Backend], preset: Preset, timer: Timer | None = None):
         self._problem = problem
         self._backends = backends
         self._preset = preset

@@ -93,8 +93,7 @@ class Case:
 def normal_tensors(spec: LLASpec, device: torch.device, purpose: str) -> dict[str, Tensor]:
     """Query, key, value, a given probe, and in phase "backward" the gradient of the output, by name.
 
-    Standard normal, and the same in every run for the same spec and purpose; a probe is such that its products with keys
-    are.
+    Standard normal, and the same in every run for the same spec and purpose; of a probe the products with keys are.
     """
     digest = hashlib.sha256(f"{purpose}: {spec.describe()}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
