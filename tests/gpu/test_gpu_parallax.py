@@ -43,9 +43,12 @@ def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_
     """Queries, probes, keys and values with NaN in the slots past ``lengths``, and what decoding should give."""
     fields = dict(seqlen_q=queries, seqlen_k=capacity, batch=len(lengths), heads=heads, kv_heads=kv_heads)
     q, r, k, v = (x.clone() for x in problem(head_dim=head_dim, **fields).tensors)
-    rows = [(x[i : i + 1] for x in (q, r)) for i in range(len(lengths))]
-    keys = [(x[i : i + 1, :, :n] for x in (k, v)) for i, n in enumerate(lengths)]
-    expected = torch.cat([parallax_reference(*row, *key, window_size=window) for row, key in zip(rows, keys)])
+    expected = torch.cat(
+        [
+            parallax_reference(q[i : i + 1], r[i : i + 1], k[i : i + 1, :, :n], v[i : i + 1, :, :n], window_size=window)
+            for i, n in enumerate(lengths)
+        ]
+    )
     for i, n in enumerate(lengths):
         k[i, :, n:] = v[i, :, n:] = torch.nan
     return (q, r, k, v), torch.tensor(lengths, dtype=torch.int32, device="cuda"), expected
