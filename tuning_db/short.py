@@ -23,6 +23,7 @@ def _tile(config: KernelConfig) -> str:
     for count, unit in ((config.num_warps, "warps"), (config.num_stages, "stages")):
         if count is not None:
             parts.append(f"{count} {unit}")
-    parts += [f"{config.num_splits} splits"] if config.num_splits is not None else []
-    parts += [f"block_d {config.block_d}"] if config.block_d is not None else []
+    if config.schedule == "gram" or config.cg_max_iters is None:  # what reads the keys once may read them in parts
+        parts += [f"{config.num_splits} splits"] if config.num_splits is not None else []
+        parts += [f"block_d {config.block_d}"] if config.block_d is not None else []
     return ", ".join(parts)
