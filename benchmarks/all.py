@@ -6,7 +6,19 @@ import sys
 import time
 from typing import Sequence
 
-from benchmarks import accuracy, decode, forward, gradients, memory, overhead, parallax, solver, sweeps, training, varlen
+from benchmarks import (
+    accuracy,
+    decode,
+    forward,
+    gradients,
+    memory,
+    overhead,
+    parallax,
+    solver,
+    sweeps,
+    training,
+    varlen,
+)
 from benchmarks.report import Benchmark, Target, common_parser, environment, print_rows, write_json
 from lla_compile.tuner.outcome import one_line
 
