@@ -19,6 +19,8 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 def unsupported(spec: LLASpec) -> str | None:
     """Why no `gram` kernel can run the spec, or None."""
+    if not spec.solves:
+        return f"gram solves a system, which op {spec.op} has none of"
     if spec.dtype not in ("float16", "bfloat16"):
         return f"gram has no {spec.dtype} kernel"
     widest = max(spec.head_dim, spec.head_dim_v)

@@ -6,11 +6,23 @@ import sys
 import time
 from typing import Sequence
 
-from benchmarks import accuracy, decode, forward, gradients, memory, overhead, solver, sweeps, training, varlen
+from benchmarks import (
+    accuracy,
+    decode,
+    forward,
+    gradients,
+    memory,
+    overhead,
+    parallax,
+    solver,
+    sweeps,
+    training,
+    varlen,
+)
 from benchmarks.report import Benchmark, Target, common_parser, environment, print_rows, write_json
 from lla_compile.tuner.outcome import one_line
 
-_MODULES = (forward, training, varlen, decode, sweeps, accuracy, gradients, solver, memory, overhead)
+_MODULES = (forward, training, varlen, decode, parallax, sweeps, accuracy, gradients, solver, memory, overhead)
 BENCHMARKS = tuple(module.BENCHMARK for module in _MODULES)
 
 

@@ -51,11 +51,19 @@ def parallax(probe: Tensor) -> Peer:
     """Parallax of flash-linear-attention: the nearest operator there, whose probe is an input instead of solved for."""
     attention = _member("fla.ops.parallax", "parallel_parallax")
 
-    def swap(x: Tensor) -> Tensor:  # (B, N, H, D)
-        return x.transpose(1, 2).contiguous()
+    r = _swapped(probe)
+    return Peer(lambda q, k, v: attention(q=q, r=r, k=k, v=v), _swapped, _swapped)
 
-    r = swap(probe)
-    return Peer(lambda q, k, v: attention(q=q, r=r, k=k, v=v), swap, swap)
+
+def fla_parallax() -> Peer:
+    """The same with the probe as an argument that has a gradient: (q, r, k, v) -> output."""
+    attention = _member("fla.ops.parallax", "parallel_parallax")
+    return Peer(attention, _swapped, _swapped)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """(B, H, N, D) to (B, N, H, D) and back."""
+    return x.transpose(1, 2).contiguous()
 
 
 def available(package: str) -> bool:

@@ -52,7 +52,15 @@ def test_show(capsys):
     record(H200, [make_entry(), make_entry(key=replace(KEY, dtype="float16", head_dim=64, causal=False), block_q=128)])
     status, out, err = run(capsys, "show", "h200")
     assert (status, err, len(out.splitlines())) == (0, "", 3)
-    for text in ("4096", "triton fused 64x64, 4 warps, 2 stages, 32 CG", "1.5", "1.7e-03", "2026-03-01", "measured", "overlay"):
+    for text in (
+        "4096",
+        "triton fused 64x64, 4 warps, 2 stages, 32 CG",
+        "1.5",
+        "1.7e-03",
+        "2026-03-01",
+        "measured",
+        "overlay",
+    ):
         assert text in out
     for filters in (["dtype=float16"], ["head_dim=64", "causal=false"]):
         _, out, _ = run(capsys, "show", "nvidia-h200", "--key", *filters)
@@ -141,7 +149,7 @@ def test_verify_good_files(capsys, tmp_path):
     [
         (eager_entry(valid=((512, 1024), (1, 8))), "validity range leaves out the sizes that it was tuned at"),
         (eager_entry(backend="abacus"), "backend must be one of"),
-        (eager_entry(key=replace(KEY, op="fft")), "op must be one of lla, got 'fft'"),
+        (eager_entry(key=replace(KEY, op="fft")), "op must be one of lla, parallax, softmax, got 'fft'"),
         (eager_entry(key=replace(KEY, head_dim=512)), "head_dim must be an integer from 1 to 256, got 512"),
         (eager_entry(seqlen=16384, valid=((1, 16384), (1, 8)), block_q=16384, block_k=16384), "MiB"),
     ],

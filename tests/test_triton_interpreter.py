@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-KINDS = ("cases", "backward_cases", "decode_cases", "stream_cases")
+KINDS = ("cases", "backward_cases", "decode_cases", "stream_cases", "parallax_cases")
 CASES = [Path(__file__).with_name(f"interpreted_{name}.py") for name in KINDS]
 NAMES = [
     f"{path.stem}.{name}" for path in CASES for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)

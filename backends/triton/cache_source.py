@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Iterable
 
-from lla_compile.backends.triton.kernel_source import CONSTEXPRS, RowKernelPrinter
+from lla_compile.backends.triton.kernel_source import RowKernelPrinter
 from lla_compile.backends.triton.sweep_source import SweepPrinter
 
 CACHE_HEADER = """\
@@ -43,9 +43,7 @@ class _CachedSweepPrinter(SweepPrinter):
         out.add("seen = (slots >= first_seen) & (slots < seqlen_k)")
         for name in names:
             width, block = self.width(name)
-            out.add(
-                f"{name}_slots = cached_rows(table, slots, seqlen_k, {name}_stride_b, {name}_stride_n, PAGE_SIZE)"
-            )
+            out.add(f"{name}_slots = cached_rows(table, slots, seqlen_k, {name}_stride_b, {name}_stride_n, PAGE_SIZE)")
             out.add(f"{name} = load_cached({name}_base, {name}_slots, 0, seen, {width}, {block}, {width} != {block})")
 
 
@@ -55,7 +53,7 @@ class CachedRowKernelPrinter(RowKernelPrinter):
     A row's query number, which the mask looks at, is its place in its head. Nothing but outputs is stored.
     """
 
-    constexprs = (*CONSTEXPRS, "PAGE_SIZE")
+    own_constexprs = ("PAGE_SIZE",)
     sweep_printer = _CachedSweepPrinter
     rows_stop = "num_rows"
 

@@ -1,0 +1,205 @@
+"""Parallax on the GPU: errors against float64, shapes and masks, repeatability, decoding, CUDA graphs, fla beside it."""
+
+import importlib.util
+
+import pytest
+import torch
+from on_gpu import poison_free_memory
+from parallax_problems import GRADIENTS, SHAPES, gradients, make_parallax_problem
+from problems import assert_close, assert_gradients_close, relative_error
+
+from lla_compile import (
+    KVCache,
+    dispatch,
+    parallax_attention,
+    parallax_attention_varlen,
+    parallax_decode,
+    parallax_decode_workspace,
+    plan,
+)
+from lla_compile.arguments import Options
+from lla_compile.reference import parallax_reference
+
+OUT_LIMIT, GRADIENT_LIMIT = 2.5e-3, 5e-3
+LARGER = [
+    dict(seqlen_q=1000, heads=6, kv_heads=2, head_dim=96),
+    dict(seqlen_q=1024, heads=4, head_dim=128),
+    dict(seqlen_q=777, head_dim=64, window_size=100),
+    dict(seqlen_q=300, seqlen_k=777, head_dim=64, head_dim_v=128),
+    dict(seqlen_q=333, head_dim=256, is_causal=False),
+    dict(seqlen_q=65, head_dim=1, head_dim_v=40),
+]
+
+
+def problem(**fields):
+    return make_parallax_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
+
+
+def attend(*tensors, **options):
+    return parallax_attention(*tensors, backend="triton", **options)
+
+
+def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_dim=128, window=None):
+    """Queries, probes, keys and values with NaN in the slots past ``lengths``, and what decoding should give."""
+    fields = dict(seqlen_q=queries, seqlen_k=capacity, batch=len(lengths), heads=heads, kv_heads=kv_heads)
+    q, r, k, v = (x.clone() for x in problem(head_dim=head_dim, **fields).tensors)
+    expected = torch.cat(
+        [
+            parallax_reference(q[i : i + 1], r[i : i + 1], k[i : i + 1, :, :n], v[i : i + 1, :, :n], window_size=window)
+            for i, n in enumerate(lengths)
+        ]
+    )
+    for i, n in enumerate(lengths):
+        k[i, :, n:] = v[i, :, n:] = torch.nan
+    return (q, r, k, v), torch.tensor(lengths, dtype=torch.int32, device="cuda"), expected
+
+
+@pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
+def test_values_and_gradients(fields):
+    p = problem(**fields)
+    poison_free_memory()
+    assert_close(attend(*p.tensors, **p.options), p.reference(), OUT_LIMIT)
+    expected = p.reference_gradients()
+    del expected["dscale"]
+    assert_gradients_close(gradients(p, attend), expected, GRADIENT_LIMIT)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.float32, 1e-5)], ids=str)
+def test_other_types(dtype, limit):
+    p = problem(seqlen_q=500, head_dim=64, dtype=dtype)
+    assert_close(attend(*p.tensors), p.reference(), limit)
+    expected = p.reference_gradients()
+    del expected["dscale"]
+    assert_gradients_close(gradients(p, attend), expected, 5 * limit)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_an_offset_of_the_keys_costs_no_digits(head_dim):
+    p = problem(seqlen_q=1024, head_dim=head_dim, offset=20.0)
+    assert_close(attend(*p.tensors), p.reference(), OUT_LIMIT)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_results_are_the_same_bit_for_bit(head_dim):
+    p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
+    first, second = (gradients(p, attend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in GRADIENTS)
+
+
+def test_a_probe_of_zero_is_softmax_attention():
+    q, r, k, v = problem(seqlen_q=500, head_dim=64, probe=0.0).tensors
+    options = Options(op="softmax", backend="triton")
+    softmax = dispatch.run("forward", dispatch.Inputs(q, k, v, None, None), options, ("out",))["out"]
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert relative_error(softmax, expected.double()) < 4e-3
+    assert relative_error(attend(q, r, k, v), softmax.double()) < 2e-3
+
+
+def test_packed_sequences():
+    p = problem(seqlen_q=600, heads=4, kv_heads=2, head_dim=64)
+    ends = torch.tensor([0, 177, 177, 600], dtype=torch.int32, device="cuda")
+    packed = [x[0].transpose(0, 1).clone().requires_grad_() for x in p.tensors]
+    out = parallax_attention_varlen(*packed, ends, ends, backend="triton")
+    grads = torch.autograd.grad(out, packed, p.grad_out[0].transpose(0, 1))
+    for start, stop in ((0, 177), (177, 600)):
+        alone = [x[:, :, start:stop].double().requires_grad_() for x in p.tensors]
+        expected = parallax_reference(*alone)
+        assert_close(out[start:stop].transpose(0, 1)[None], expected, OUT_LIMIT)
+        for x, y in zip(grads, torch.autograd.grad(expected, alone, p.grad_out[:, :, start:stop].double())):
+            assert_close(x[start:stop].transpose(0, 1)[None], y, GRADIENT_LIMIT)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("queries, window", [(1, None), (5, None), (2, 100)])
+@pytest.mark.parametrize("page", [None, 16])
+def test_decoding(head_dim, queries, window, page):
+    lengths = (1024, 333, 17, 0)
+    (q, r, k, v), seqlens, expected = decode_problem(lengths, queries=queries, head_dim=head_dim, window=window)
+    options = dict(seqlens=seqlens, window_size=window, backend="triton")
+    if page:
+        pages = k.shape[2] // page
+        order = torch.randperm(4 * pages, device="cuda")
+        paged = (
+            x.reshape(4, 2, pages, page, -1).permute(0, 2, 3, 1, 4).reshape(4 * pages, page, 2, -1) for x in (k, v)
+        )
+        k, v = (x[order] for x in paged)
+        options["block_table"] = order.argsort().view(4, pages).int()
+    poison_free_memory()
+    assert_close(parallax_decode(q, r, k, v, **options), expected, OUT_LIMIT)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_few_and_many_heads_decode(batch):
+    """Cut into many parts, and into one."""
+    (q, r, k, v), seqlens, expected = decode_problem((4000,) * batch, kv_heads=8, capacity=4000)
+    assert (plan(q, k, v, op="parallax", phase="decode").config.num_splits > 1) or batch > 1
+    assert_close(parallax_decode(q, r, k, v, seqlens=seqlens), expected, OUT_LIMIT)
+
+
+def test_decoding_in_a_cuda_graph_allocates_nothing_and_follows_the_lengths():
+    cache = KVCache(2, 2, capacity=256, head_dim=64, device="cuda")
+    p = problem(seqlen_q=40, batch=2, heads=4, kv_heads=2, head_dim=64)
+    q, r, k, v = p.tensors
+    cache.append(k, v)
+    row, probe = q[:, :, -1:].clone(), r[:, :, -1:].clone()
+    out, workspace = torch.empty_like(row), parallax_decode_workspace(row, cache.k, cache.v)
+    options = dict(seqlens=cache.seqlens, out=out, workspace=workspace)
+    parallax_decode(row, probe, cache.k, cache.v, **options)
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    parallax_decode(row, probe, cache.k, cache.v, **options)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        parallax_decode(row, probe, cache.k, cache.v, **options)
+    for length in (40, 13):
+        cache.seqlens.fill_(length)
+        graph.replay()
+        assert_close(out, parallax_reference(row, probe, k[:, :, :length], v[:, :, :length]), OUT_LIMIT)
+
+
+def test_training_in_a_cuda_graph():
+    p = problem(seqlen_q=300, head_dim=64)
+    leaves = p.leaves()
+
+    def step():
+        return torch.autograd.grad(attend(*leaves), leaves, p.grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, step()))
+
+
+def test_compiled_code():
+    p = problem(seqlen_q=200, head_dim=64)
+    compiled = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True)
+    leaves = p.leaves()
+    for x, y in zip(
+        torch.autograd.grad(compiled(*leaves), leaves, p.grad_out),
+        torch.autograd.grad(attend(*leaves) * 2, leaves, p.grad_out),
+    ):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim):
+    """A few per cent are the luck of the rounding."""
+    from fla.ops.parallax import parallel_parallax
+
+    p = problem(seqlen_q=1024, heads=4, head_dim=head_dim)
+
+    def fla(*tensors):
+        return parallel_parallax(*(x.transpose(1, 2).contiguous() for x in tensors)).transpose(1, 2)
+
+    expected = p.reference_gradients() | {"out": p.reference()}
+    del expected["dscale"]
+    ours, theirs = (gradients(p, op) | {"out": op(*p.tensors)} for op in (attend, fla))
+    for name, exact in expected.items():
+        assert relative_error(ours[name], exact) <= 1.05 * relative_error(theirs[name], exact), name
