@@ -127,7 +127,7 @@ def test_heuristic_default_is_feasible(device, dtype, head_dim):
     [
         (dict(num_stages=20), "shared memory"),
         (dict(num_stages=3), "num_stages must be at least 4"),
-        (dict(num_warps=4), "num_warps must be one of 16, 8"),
+        (dict(num_warps=4), "num_warps must be one of 12, 8"),
         (dict(block_k=48), "block_k must be a multiple of 32"),
         (dict(block_d=64), "all 128 rows"),
         (dict(num_splits=65), "num_splits"),

@@ -21,7 +21,7 @@ _LEAST_STAGES = {True: 4, False: 3}
 # Rows of wgmma's swizzled operands repeat after 1024 bytes, which a stage must not cut.
 _LEAST_BLOCK_K = {True: 32, False: 16}
 # Of a thread when a block starts; by rows, as gram_pass_wgmma.cu has them from its bounds.
-_WGMMA_REGISTERS = {64: 80, 128: 128}
+_WGMMA_REGISTERS = {64: 128, 128: 168}
 _MOST_REGISTERS = 256
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 

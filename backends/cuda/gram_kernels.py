@@ -65,9 +65,9 @@ def uses_wgmma(spec: LLASpec, config: KernelConfig) -> bool:
 
 
 def group_warps(spec: LLASpec) -> int | None:
-    """A group for every 64 rows, one that copies and one that weighs; None where rows do not fill or fit registers."""
+    """A group for every 64 rows and one that copies; None where rows are fewer, or too wide for the registers."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    return 4 * (width // _GROUP_ROWS + 2) if width >= max(_GROUP_ROWS, width_v) else None
+    return 4 * (width // _GROUP_ROWS + 1) if width >= max(_GROUP_ROWS, width_v) else None
 
 
 def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Kernel, ...]:
@@ -111,7 +111,7 @@ def _mma_shared(config: KernelConfig, width: int, width_v: int) -> int:
 
 def _wgmma_shared(config: KernelConfig, width: int, width_v: int) -> int:
     tiles = 2 * config.num_stages * config.block_k * (width + width_v)
-    barriers = 3 * 8 * config.num_stages
+    barriers = 2 * 8 * config.num_stages
     sums = 4 * (config.num_stages * config.block_k + 4 * width_v)
     return _aligned(tiles + barriers + _PART_BYTES + sums + _scratch(width))
 

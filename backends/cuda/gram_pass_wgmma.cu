@@ -1,28 +1,27 @@
 // One pass over the keys of a part, with the matrix instructions of four warps (wgmma), for compute capability 9.0.
 //
-// One group of four warps copies tiles, and one weighs their keys and sums the values. Each of the others owns 64 rows
-// of both sums, in registers: it makes the weighted keys of its rows, in the layout of a left operand, and multiplies
-// them with the tile in shared memory. Products run on their own: meanwhile the next tile's weighted keys are made.
+// One group of four warps copies tiles, weighs their keys and sums the values. Each of the others owns 64 rows of both
+// sums, in registers: it makes the weighted keys of its rows, in the layout of a left operand, and multiplies them with
+// the tile in shared memory. Products run on their own: meanwhile the weighted keys of the next tile are made.
 #include <gram_part.cuh>
-#include <gram_shares.cuh>
 #include <ptx_sm90.cuh>
 
 constexpr int GROUP = 128;
 constexpr int ROW_GROUPS = BLOCK_D / 64;
 constexpr int ROW_WARPS = 4 * ROW_GROUPS;
-constexpr int COPY_WARPS_AT = ROW_WARPS + 4;
-constexpr int WARPS = COPY_WARPS_AT + 4;
+constexpr int WARPS = ROW_WARPS + 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCKS = ROW_GROUPS == 1 ? 2 : 1;  // on a multiprocessor at least, which sets the registers at the start
 constexpr int ROW_REGISTERS = ROW_GROUPS == 1 ? 152 : 208;
-constexpr int WEIGH_REGISTERS = ROW_GROUPS == 1 ? 48 : 64;
-constexpr int COPY_REGISTERS = ROW_GROUPS == 1 ? 40 : 32;
+constexpr int COPY_REGISTERS = ROW_GROUPS == 1 ? 104 : 88;
 constexpr int STEPS = BLOCK_K / 16;
 constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
+// Tiles that are being copied. The others are: one multiplied, one whose weighted keys are made, one weighed.
+constexpr int AHEAD = STAGES - 3;
 
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];
-    uint64_t copied[STAGES], full[STAGES], empty[STAGES];  // the last two: it is weighed; nobody needs it any more
+    uint64_t full[STAGES], empty[STAGES];  // a stage is weighed; nobody needs it any more
     Part part;
     float weights[STAGES][BLOCK_K];
     float value_sums[4][BLOCK_DV];  // of each warp
@@ -44,66 +43,187 @@ DEVICE void arrive_as_warp(uint64_t* barrier, int lane) {
     if (lane == 0) arrive(barrier);
 }
 
-// The number of the thread within its group.
-DEVICE int group_thread() { return thread_anew() % GROUP; }
+// ---- the warps that copy and weigh ----
 
-// ---- the warps that copy ----
+// They compute in the ordinary units: products of the others fill the queue of the matrix units, and every instruction
+// that needs its result at once would wait behind them.
 
-struct Copies {
-    static constexpr bool EVEN = ALIGNED && !PAGE_SIZE && HEAD_DIM == BLOCK_D && HEAD_DIM_V == BLOCK_DV;
-    int tile = 0;  // the next one
-    Turn turn;
+template <class T>
+constexpr uint32_t ROW_BYTES = T::PANEL * 2;
 
-    // Start to copy the tiles before number `stop`. Most tiles are whole, and are copied without tests.
-    DEVICE void run(int stop, Shared& shared) {
-        const Part& part = shared.part;
-        stop = min(stop, part.tiles());
-#pragma unroll 1
-        for (; tile < stop; ++tile) {
-            wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
-            uint32_t stage = shared_address(shared.stages[turn.stage]);
-            Slots slots = part.slots(tile);
-            if (EVEN && part.is_whole(tile)) {
-                TileCopy<KeyTile, GROUP>(group_thread()).start_whole(stage, part.keys, slots);
-                TileCopy<ValueTile, GROUP>(group_thread()).start_whole(stage + KeyTile::BYTES, part.values, slots);
-            } else {
-                copy_stage<GROUP>(stage, part.keys, part.values, slots, group_thread());
+// The query as the lanes that share a key have it: of every panel the chunk of the lane's number.
+struct QueryChunks {
+    static constexpr int COUNT = KeyTile::BLOCK_WIDTH / KeyTile::PANEL, LANES = KeyTile::PANEL_CHUNKS;
+    float x[COUNT][CHUNK];
+
+    DEVICE QueryChunks(const uint16_t* query, int lane) {
+#pragma unroll
+        for (int n = 0; n < COUNT * CHUNK; ++n) {
+            x[n / CHUNK][n % CHUNK] = low_half(query[n / CHUNK * KeyTile::PANEL + lane % LANES * CHUNK + n % CHUNK]);
+        }
+    }
+
+    // With the key whose chunk of the first panel is at `address`.
+    DEVICE float times(uint32_t address) const {
+        float sums[2] = {};
+#pragma unroll
+        for (int panel = 0; panel < COUNT; ++panel) {
+            uint32_t pairs[CHUNK / 2];
+            load_shared_16(pairs, address + panel * KeyTile::PANEL_BYTES);
+#pragma unroll
+            for (int i = 0; i < CHUNK / 2; ++i) {
+                sums[0] += low_half(pairs[i]) * x[panel][2 * i];
+                sums[1] += high_half(pairs[i]) * x[panel][2 * i + 1];
             }
-            if (ALIGNED) {
-                arrive_when_copied(&shared.copied[turn.stage]);
-            } else {
-                arrive(&shared.copied[turn.stage]);
+        }
+        return sums[0] + sums[1];
+    }
+};
+
+// Sixteen keys of a warp, four at a time, eight lanes to each: which of them a lane ends up with, as another one does.
+DEVICE int key_of_lane(int lane) { return 8 * (lane / 4 % 2) + 4 * (lane / 2 % 2) + lane / 8; }
+
+// What a lane reads of the sixteen keys from `first` on. Rows that are eight apart are permuted alike.
+struct KeyShare {
+    QueryChunks query;
+    uint32_t offsets[2];
+
+    DEVICE KeyShare(const uint16_t* query_, int first, int lane) : query(query_, lane) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) offsets[i] = KeyTile::offset(first + 4 * i + lane / 8, lane % 8);
+    }
+
+    DEVICE float dot_product_of_lane(uint32_t key_tile, int lane) const {
+        float dots[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dots[i] = query.times(key_tile + offsets[i % 2] + i / 2 * 8 * ROW_BYTES<KeyTile>);
+        // Each exchange leaves half of the sums, then there is one.
+#pragma unroll
+        for (int half = 2; half; half /= 2) {
+            bool upper = lane & 2 * half;
+#pragma unroll
+            for (int i = 0; i < half; ++i) {
+                float sent = upper ? dots[i] : dots[i + half];
+                dots[i] = (upper ? dots[i + half] : dots[i]) + from_lane_xor(sent, 2 * half);
             }
-            turn.next();
+        }
+        return dots[0] + from_lane_xor(dots[0], 1);
+    }
+};
+
+// Weighted values of the keys that a lane looks at: the chunk of its number among lanes that share a key.
+struct ValueShare {
+    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES, PERIOD = KEYS < 8 ? 8 / KEYS : 1;
+    float x[CHUNK] = {};
+    uint32_t offsets[PERIOD];
+
+    DEVICE ValueShare(int first, int lane) {
+#pragma unroll
+        for (int i = 0; i < PERIOD; ++i) offsets[i] = ValueTile::offset(first + i * KEYS + lane / LANES, lane % LANES);
+    }
+
+    // `weights` are those of the lane's keys, KEYS apart.
+    DEVICE void add(const float* weights, uint32_t value_tile) {
+#pragma unroll
+        for (int i = 0; i < 16 / KEYS; ++i) {
+            float weight = weights[i * KEYS];
+            uint32_t pairs[CHUNK / 2];
+            load_shared_16(pairs, value_tile + offsets[i % PERIOD] + i / PERIOD * 8 * ROW_BYTES<ValueTile>);
+#pragma unroll
+            for (int n = 0; n < CHUNK / 2; ++n) {
+                x[2 * n] += weight * low_half(pairs[n]);
+                x[2 * n + 1] += weight * high_half(pairs[n]);
+            }
+        }
+    }
+
+    // The sums of all lanes of the warp.
+    DEVICE void store(float* to, int lane) {
+#pragma unroll
+        for (int n = 0; n < CHUNK; ++n) {
+#pragma unroll
+            for (int mask = LANES; mask < 32; mask *= 2) x[n] += from_lane_xor(x[n], mask);
+            if (lane < LANES) to[lane * CHUNK + n] = x[n];
         }
     }
 };
 
-// ---- the warps that weigh ----
+// The number of the thread within the group.
+DEVICE int copy_thread() { return thread_anew() % GROUP; }
 
-// All tiles of the part.
-DEVICE void weigh(Turn& turn, Weights& weights, Shared& shared) {
+// What a thread copies. Most tiles are whole: all of their keys are seen.
+struct Copies {
+    static constexpr bool EVEN = ALIGNED && !PAGE_SIZE && HEAD_DIM == BLOCK_D && HEAD_DIM_V == BLOCK_DV;
+    TileCopy<KeyTile, GROUP> keys;
+    TileCopy<ValueTile, GROUP> values;
+    const uint16_t *first_key, *first_value;
+    int64_t key_stride, value_stride;
+    int tiles, first_whole, whole_stop;
+    Turn turn;
+
+    DEVICE Copies(const Part& part, int thread) : keys(thread), values(thread) {
+        key_stride = part.keys.row_stride, value_stride = part.values.row_stride;
+        first_key = part.keys.base + (part.start + keys.key) * key_stride + keys.chunk * CHUNK;
+        first_value = part.values.base + (part.start + values.key) * value_stride + values.chunk * CHUNK;
+        tiles = part.tiles();
+        first_whole = part.start < part.first_seen;
+        whole_stop = (part.stop - part.start) / BLOCK_K;
+    }
+
+    DEVICE bool is_whole(int tile) const { return tile >= first_whole && tile < whole_stop; }
+
+    // Start to copy a tile of the part, if there is one.
+    DEVICE void start(int tile, Shared& shared) {
+        if (tile < tiles) {
+            wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
+            uint32_t stage = shared_address(shared.stages[turn.stage]);
+            if (EVEN && is_whole(tile)) {
+                int64_t row = int64_t(tile) * BLOCK_K;
+                keys.start_whole(stage, first_key + row * key_stride, keys.ROWS * key_stride);
+                values.start_whole(stage + KeyTile::BYTES, first_value + row * value_stride,
+                                   values.ROWS * value_stride);
+            } else {
+                const Part& part = shared.part;
+                copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), copy_thread());
+            }
+            turn.next();
+        }
+        commit_copies();
+    }
+
+    // The first tiles of a pass over the keys.
+    DEVICE void begin(Shared& shared) {
+#pragma unroll 1
+        for (int tile = 0; tile < AHEAD; ++tile) start(tile, shared);
+    }
+};
+
+// All tiles of the part; the first ones are on their way.
+DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) {
     const Part& part = shared.part;
-    int thread = group_thread(), lane = thread % 32, first = thread / 32 * 16;
-    int own_key = first + key_of_lane(lane), tiles = part.tiles();
+    int thread = copy_thread(), lane = thread % 32, first = thread / 32 * 16;
+    int own_key = first + key_of_lane(lane);
     bool counts = lane % 2 == 0;
     KeyShare keys(shared.scratch.query, first, lane);
     ValueShare values(first, lane);
-    int value_key = first + lane / ValueShare::LANES;
+    const float* value_weights = shared.weights[0] + first + lane / ValueShare::LANES;
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-        wait_phase(&shared.copied[turn.stage], turn.parity);
+    for (int tile = 0; tile < copies.tiles; ++tile) {
+        copies.start(tile + AHEAD, shared);
+        wait_copies<AHEAD>();
+        sync_some<1, GROUP>();  // the tile is there for all of the group
         uint32_t stage = shared_address(shared.stages[turn.stage]);
         if (BLOCK_K % 64 == 0 || first < BLOCK_K) {
-            bool seen = part.is_whole(tile) || part.sees(part.start + tile * BLOCK_K + own_key);
+            bool seen = copies.is_whole(tile) || part.sees(part.start + tile * BLOCK_K + own_key);
             float weight = weights.weigh(keys.dot_product_of_lane(stage, lane), seen, counts);
             if (counts) shared.weights[turn.stage][own_key] = weight;
             sync_warp();
-            values.add(shared.weights[turn.stage] + value_key, stage + KeyTile::BYTES);
+            values.add(value_weights + turn.stage * BLOCK_K, stage + KeyTile::BYTES);
         }
         arrive_as_warp(&shared.full[turn.stage], lane);
         turn.next();
     }
+    wait_copies<0>();
 
     values.store(shared.value_sums[thread / 32], lane);
     sync_some<1, GROUP>();
@@ -244,7 +364,6 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
     if (thread == 0) {
         shared.part = Part(g, blockIdx.x);
         for (int stage = 0; stage < STAGES; ++stage) {
-            init_barrier(&shared.copied[stage], GROUP);
             init_barrier(&shared.full[stage], 4);
             init_barrier(&shared.empty[stage], ROW_WARPS);
         }
@@ -255,24 +374,17 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
         if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
         return;
     }
-    Copies copies;
-    if (warp >= COPY_WARPS_AT) copies.run(STAGES - 1, shared);
-    prepare<WARPS, COPY_WARPS_AT>(g, part, shared.stages[STAGES - 1], shared.scratch, thread);  // not copied to yet
-    if (warp >= COPY_WARPS_AT) {
+    Copies copies(part, thread % GROUP);
+    if (warp >= ROW_WARPS) copies.begin(shared);
+    prepare<WARPS>(g, part, shared.stages[STAGES - 1], shared.scratch, thread);  // a stage that nobody copies to yet
+    if (warp >= ROW_WARPS) {
         give_registers<COPY_REGISTERS>();
-        for (bool again = true; again;) {
-            copies.run(part.tiles(), shared);
-            wait_copies<0>();
-            again = finish<WARPS>(Weights(shared.scratch), part, shared.scratch);
-            copies.tile = 0;
-        }
-    } else if (warp >= ROW_WARPS) {
-        give_registers<WEIGH_REGISTERS>();
         Turn turn;
         for (bool again = true; again;) {
             Weights weights(shared.scratch);
-            weigh(turn, weights, shared);
+            weigh(copies, turn, weights, shared);
             again = finish<WARPS>(weights, part, shared.scratch);
+            if (again) copies.begin(shared);
         }
     } else {
         take_registers<ROW_REGISTERS>();

@@ -48,9 +48,6 @@ struct Part {
 
     DEVICE bool sees(int key) const { return key >= first_seen && key < stop; }
     DEVICE bool empty() const { return start >= stop; }
-    DEVICE bool is_whole(int tile) const {  // all of its keys are seen
-        return start + tile * BLOCK_K >= first_seen && start + (tile + 1) * BLOCK_K <= stop;
-    }
     DEVICE int tiles() const { return (stop - start + BLOCK_K - 1) / BLOCK_K; }
     DEVICE bool in_two_terms() const { return TERMS == 2 && seen_stop - first_seen <= TWO_TERMS_UP_TO; }
 };
@@ -148,18 +145,15 @@ DEVICE float block_max(float x, float* per_warp, int thread) {
 
 // Called by all threads before the first pass over the keys. The query's first tile gives the reference of its
 // weights, its largest score, and the mean that is taken off all keys before they are weighted, so that an offset
-// that keys share is not rounded. Fills `scratch`; `key_tile` is free again. The first COPYING_WARPS copy the tile.
-template <int WARPS, int COPYING_WARPS = WARPS>
+// that keys share is not rounded. Fills `scratch`; `key_tile` is free again.
+template <int WARPS>
 DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread) {
     constexpr int THREADS = 32 * WARPS;
     uint32_t tile = shared_address(key_tile);
-    if (thread < 32 * COPYING_WARPS) {
-        Slots slots = {part.first_tile, part.first_seen, part.seen_stop, part.table};
-        copy_tile<KeyTile, 32 * COPYING_WARPS>(tile, part.keys, slots, thread);
-        commit_copies();
-        wait_copies<0>();
-    }
+    copy_keys<THREADS>(tile, part.keys, {part.first_tile, part.first_seen, part.seen_stop, part.table}, thread);
+    commit_copies();
     load_query(scratch.query, g, part, thread, THREADS);
+    wait_copies<0>();
     sync_block();
     int tile_stop = min(part.first_tile + BLOCK_K, part.seen_stop);
     float factor = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;

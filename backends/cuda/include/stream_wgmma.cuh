@@ -116,8 +116,9 @@ struct Copier {
     template <class T>
     DEVICE void copy(const Cache& cache, int j) {
         wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
-        uint32_t stage = shared_address(shared.stages[turn.stage]);
-        copy_tile<T, GROUP>(stage, cache, shared.tile.slots(j), thread_anew() % GROUP);
+        TileCopy<T, GROUP> copy(thread_anew() % GROUP);
+        constexpr int NO_PAGES[TileCopy<T, GROUP>::COUNT] = {};
+        copy.start(shared_address(shared.stages[turn.stage]), cache, shared.tile.slots(j), NO_PAGES);
         if (ALIGNED) {
             arrive_when_copied(&shared.full[turn.stage]);
         } else {

@@ -44,7 +44,6 @@ struct TileCopy {
     static constexpr int CHUNKS = T::BLOCK_WIDTH / CHUNK;
     static constexpr int ROWS = THREADS / CHUNKS;
     static constexpr int COUNT = (BLOCK_K + ROWS - 1) / ROWS;
-    static constexpr int BATCH = COUNT < 2 ? COUNT : 2;  // rows whose pages are held at once
     static constexpr int PAGE = PAGE_SIZE > 0 ? PAGE_SIZE : 1;
     int key, chunk;
 
@@ -52,42 +51,39 @@ struct TileCopy {
 
     DEVICE bool copies(int i) const { return BLOCK_K % ROWS == 0 || key + i * ROWS < BLOCK_K; }
 
-    // The pages of some rows, read together: one of them takes as long as all.
-    DEVICE void find_pages(int (&pages)[BATCH], const Slots& slots, int first) const {
+    // The pages of the rows, read together: one of them takes as long as all.
+    DEVICE void find_pages(int (&pages)[COUNT], const Slots& slots) const {
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int row = key + (first + i) * ROWS;
-            pages[i] = PAGE_SIZE && copies(first + i) && slots.seen(row) ? slots.table[(slots.first + row) / PAGE] : 0;
+        for (int i = 0; i < COUNT; ++i) {
+            int row = key + i * ROWS;
+            pages[i] = PAGE_SIZE && copies(i) && slots.seen(row) ? slots.table[(slots.first + row) / PAGE] : 0;
         }
     }
 
-    // Start to copy these rows; columns beyond the width are zero.
-    DEVICE void start(uint32_t tile, const Cache& cache, const Slots& slots, const int (&pages)[BATCH],
-                      int first) const {
+    // Start to copy; columns beyond the width are zero.
+    DEVICE void start(uint32_t tile, const Cache& cache, const Slots& slots, const int (&pages)[COUNT]) const {
         int left = T::WIDTH - chunk * CHUNK;
         int width = T::WIDTH == T::BLOCK_WIDTH ? CHUNK : left < CHUNK ? left > 0 ? left : 0 : CHUNK;
         uint32_t to = tile + T::offset(key, chunk);
         int64_t step = ROWS * cache.row_stride;
-        const uint16_t* from = cache.base + (slots.first + key + first * ROWS) * cache.row_stride + chunk * CHUNK;
+        const uint16_t* from = cache.base + (slots.first + key) * cache.row_stride + chunk * CHUNK;
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            if (!copies(first + i)) break;
-            int row = key + (first + i) * ROWS;
+        for (int i = 0; i < COUNT; ++i) {
+            if (!copies(i)) break;
+            int row = key + i * ROWS;
             if (PAGE_SIZE) {
-                from = cache.base + chunk * CHUNK + (slots.first + row) % PAGE * cache.row_stride;
-                from += pages[i] * cache.page_stride;
+                from = cache.base + pages[i] * cache.page_stride + (slots.first + row) % PAGE * cache.row_stride +
+                       chunk * CHUNK;
             }
             // Eight rows further the permutation of the chunks is the same.
-            uint32_t address = ROWS % 8 == 0 ? to + (first + i) * ROWS * (T::PANEL * 2) : tile + T::offset(row, chunk);
+            uint32_t address = ROWS % 8 == 0 ? to + i * ROWS * (T::PANEL * 2) : tile + T::offset(row, chunk);
             copy_chunk(address, from, slots.seen(row), width);
             from += step;
         }
     }
 
-    // The same where every row is seen and whole, in a cache without pages.
-    DEVICE void start_whole(uint32_t tile, const Cache& cache, const Slots& slots) const {
-        int64_t step = ROWS * cache.row_stride;
-        const uint16_t* from = cache.base + (slots.first + key) * cache.row_stride + chunk * CHUNK;
+    // The same where every row is seen and lies `step / ROWS` numbers behind the one before; `from` is the first chunk.
+    DEVICE void start_whole(uint32_t tile, const uint16_t* from, int64_t step) const {
         static_assert(ROWS % 8 == 0, "the chunks of all rows are permuted alike");
         uint32_t to = tile + T::offset(key, chunk);
 #pragma unroll
@@ -119,33 +115,28 @@ struct TileCopy {
     }
 };
 
-// Start to copy the keys or values of some slots; called by THREADS threads.
-template <class T, int THREADS>
-DEVICE void copy_tile(uint32_t tile, const Cache& cache, const Slots& slots, int thread) {
-    TileCopy<T, THREADS> copy(thread);
-#pragma unroll
-    for (int first = 0; first < copy.COUNT; first += copy.BATCH) {
-        int pages[copy.BATCH];
-        copy.find_pages(pages, slots, first);
-        copy.start(tile, cache, slots, pages, first);
-    }
+// Start to copy the keys of some slots; called by THREADS threads.
+template <int THREADS>
+DEVICE void copy_keys(uint32_t tile, const Cache& keys, const Slots& slots, int thread) {
+    TileCopy<KeyTile, THREADS> copy(thread);
+    int pages[copy.COUNT];
+    copy.find_pages(pages, slots);
+    copy.start(tile, keys, slots, pages);
 }
 
 // The same for keys and values, which lie behind the keys.
 template <int THREADS>
 DEVICE void copy_stage(uint32_t stage, const Cache& keys, const Cache& values, const Slots& slots, int thread) {
+    TileCopy<KeyTile, THREADS> copy(thread);
+    TileCopy<ValueTile, THREADS> value_copy(thread);
+    int pages[copy.COUNT];
+    copy.find_pages(pages, slots);
+    copy.start(stage, keys, slots, pages);
     if constexpr (BLOCK_D == BLOCK_DV) {
-        TileCopy<KeyTile, THREADS> copy(thread);
-        TileCopy<ValueTile, THREADS> value_copy(thread);
-#pragma unroll
-        for (int first = 0; first < copy.COUNT; first += copy.BATCH) {
-            int pages[copy.BATCH];
-            copy.find_pages(pages, slots, first);
-            copy.start(stage, keys, slots, pages, first);
-            value_copy.start(stage + KeyTile::BYTES, values, slots, pages, first);
-        }
+        value_copy.start(stage + KeyTile::BYTES, values, slots, pages);
     } else {
-        copy_tile<KeyTile, THREADS>(stage, keys, slots, thread);
-        copy_tile<ValueTile, THREADS>(stage + KeyTile::BYTES, values, slots, thread);
+        int value_pages[value_copy.COUNT];
+        value_copy.find_pages(value_pages, slots);
+        value_copy.start(stage + KeyTile::BYTES, values, slots, value_pages);
     }
 }
