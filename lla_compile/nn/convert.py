@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lla_compile.nn.layer import AttentionLayer
 from lla_compile.nn.lla import LocalLinearAttention
-from lla_compile.nn.ridge import HeadRidge
 from lla_compile.nn.rotary import RotaryEmbedding
 
 _LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -76,10 +75,8 @@ def from_softmax_attention(
         )
     weight = weights["q_proj.weight"]
     if issubclass(layer, LocalLinearAttention):
-        read["ridge"] = "head"
+        read |= {"ridge": "head", "initial_ridge": initial_ridge}
     converted = layer(**read | {"device": weight.device, "dtype": weight.dtype} | options)
-    if isinstance(converted, LocalLinearAttention) and "ridge" not in options:
-        converted.ridge = HeadRidge(converted.num_heads, initial_ridge, device=weight.device)
     new = [name for name in converted.state_dict() if name.startswith(_STARTS_AS_MADE)]
     missing, unexpected = converted.load_state_dict(weights, strict=False)
     if different := sorted({*missing, *unexpected}.difference(new)):
@@ -125,7 +122,9 @@ def _of_llama(module: nn.Module) -> tuple[dict, dict[str, Tensor]]:
         "out_bias": module.o_proj.bias is not None,
         "scale": getattr(module, "scaling", None),
         "is_causal": getattr(module, "is_causal", True),
-        "window_size": getattr(module, "sliding_window", None),
+        "window_size": getattr(
+            module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None)
+        ),
         "rotary": _rotary(module),
     }
     names = [f"{name}.{part}" for name in _LLAMA_PROJECTIONS for part in ("weight", "bias")]

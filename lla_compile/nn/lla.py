@@ -35,10 +35,11 @@ class LocalLinearAttention(AttentionLayer):
         device, dtype: of the parameters.
         ridge: "token", learned for each head and token as sigmoid(W x + b) in (0, 1); "head", one learned number a
             head, exp(log_ridge); or a number, which is not learned.
+        initial_ridge: what ``ridge="head"`` starts from.
         cg_tol, cg_max_iters: of conjugate gradients, as in :func:`lla_compile.lla_attention`.
 
-    Parameters in the state_dict: ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj``, and where asked for ``q_norm.weight``,
-    ``k_norm.weight``, ``log_scale``, ``ridge.log_ridge`` or ``ridge.proj``.
+    The state_dict has ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, and where asked for ``q_norm``, ``k_norm``,
+    ``log_scale``, ``ridge.log_ridge`` or ``ridge.proj``.
 
     Raises:
         ValueError: sizes do not divide, or the options do not fit.
@@ -65,6 +66,7 @@ class LocalLinearAttention(AttentionLayer):
         num_heads: int,
         *,
         ridge: float | str = "token",
+        initial_ridge: float = 1.0,
         cg_tol: float | None = None,
         cg_max_iters: int | None = None,
         device: str | torch.device | None = None,
@@ -77,7 +79,7 @@ class LocalLinearAttention(AttentionLayer):
         if ridge == "token":
             self.ridge = TokenRidge(embed_dim, num_heads, device=device, dtype=dtype)
         elif ridge == "head":
-            self.ridge = HeadRidge(num_heads, device=device)
+            self.ridge = HeadRidge(num_heads, initial_ridge, device=device)
         elif isinstance(ridge, str):
             raise ValueError(f'ridge must be "token", "head" or a number, got {ridge!r}')
         else:
