@@ -33,10 +33,10 @@ class Executable(Protocol):
 
         Args:
             inputs: by name. In phases "forward" and "backward" the row and key inputs of the sweeps, with a last stride
-                of 1; what is given, laid out as :func:`lla_compile.storage.layout` does; ``ridge``, a number or a
-                (B, Hq, N) tensor; ``scale``, a number or a 0-dim tensor; ``cu_seqlens_q`` and ``cu_seqlens_k``, int32,
-                if sequences are packed.
-                In phase "decode", with last strides of 1: ``q`` (B, Hq, Nq, D); ``k`` and ``v``, (B, Hkv, M, width) or
+                of 1; what is given, laid out as :func:`lla_compile.storage.layout` does; ``ridge`` of operators that
+                solve, a number or a (B, Hq, N) tensor; ``scale``, a number or a 0-dim tensor; ``cu_seqlens_q`` and
+                ``cu_seqlens_k``, int32, if sequences are packed.
+                In phase "decode", with last strides of 1: ``q`` (B, Hq, Nq, D), and ``r`` like it in op "parallax"; ``k`` and ``v``, (B, Hkv, M, width) or
                 pages (pages, Hkv, page_size, width), with any other strides; ``ridge`` and ``scale`` as above;
                 ``seqlens``, contiguous int32 (B,), cut to 0 .. ``spec.seqlen_k`` by the backend, or None where every
                 sequence has that many keys; ``block_table``, contiguous int32 (B, pages of a sequence), if there are

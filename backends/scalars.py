@@ -1,4 +1,4 @@
-"""Ridge and scale as kernels take them: a number, or a pointer in whose place the number is not read."""
+"""Scale, and the ridge where there is one, as kernels take them: a number, or a pointer in whose place the number is not read."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Scalars(NamedTuple):
 
 
 def scalars_of(inputs: Mapping[str, torch.Tensor | float]) -> Scalars:
-    """The scalars among an executable's inputs, tensors in float32."""
-    ridge, scale = inputs["ridge"], inputs["scale"]
+    """The scalars among an executable's inputs, tensors in float32; no operator without a ridge reads its place."""
+    ridge, scale = inputs.get("ridge", 1.0), inputs["scale"]
     ridge_ptr, ridge_strides, scale_ptr = None, (0, 0, 0), None
     if isinstance(ridge, torch.Tensor):
         ridge_ptr = ridge.to(torch.float32).expand(inputs["q"].shape[:3])

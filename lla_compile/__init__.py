@@ -6,6 +6,12 @@ from lla_compile.decode import lla_decode, lla_decode_workspace
 from lla_compile.dispatch import clear_cache
 from lla_compile.gram import GramState
 from lla_compile.kv_cache import KVCache
+from lla_compile.parallax import (
+    parallax_attention,
+    parallax_attention_varlen,
+    parallax_decode,
+    parallax_decode_workspace,
+)
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
 
@@ -22,5 +28,9 @@ __all__ = [
     "lla_attention_varlen",
     "lla_decode",
     "lla_decode_workspace",
+    "parallax_attention",
+    "parallax_attention_varlen",
+    "parallax_decode",
+    "parallax_decode_workspace",
     "plan",
 ]

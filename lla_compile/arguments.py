@@ -15,7 +15,7 @@ _DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
 
 class Options(NamedTuple):
-    """The options of a call, as :func:`lla_compile.lla_attention` documents them."""
+    """The options of a call, as :func:`lla_compile.lla_attention` documents them, and the operator."""
 
     is_causal: bool = True
     window_size: int | None = None
@@ -23,6 +23,7 @@ class Options(NamedTuple):
     cg_tol: float | None = None
     cg_max_iters: int | None = None
     backend: str | None = None
+    op: str = "lla"
 
 
 def check_tensors(q, k, v) -> None:
@@ -80,9 +81,36 @@ def check_together(named: dict[str, torch.Tensor]) -> None:
         )
 
 
-def spec_of(q, k, v, options: Options, num_sequences: int | None = None, phase: str = "forward") -> LLASpec:
-    """The spec of a call. Raises like :func:`check_tensors`, and as LLASpec does for the options."""
+def check_probe(r, q: torch.Tensor) -> None:
+    """Raise unless ``r`` can be the given probe of checked queries ``q``.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device.
+        NotImplementedError: a sparse or nested tensor.
+    """
+    if not isinstance(r, torch.Tensor):
+        raise TypeError(f"r must be a torch.Tensor, got {type(r).__name__}")
+    if r.layout != torch.strided or r.is_nested:
+        raise NotImplementedError(f"r must be a dense tensor, got layout {r.layout}")
+    if r.dtype != q.dtype:
+        raise TypeError(f"r must have the dtype of q, {dtype_name(q)}, got {dtype_name(r)}")
+    if r.device != q.device:
+        raise ValueError(f"r must be on the device of q, got r on {r.device} and q on {q.device}")
+    if r.shape != q.shape:
+        raise ValueError(f"r must have the shape of q, {tuple(q.shape)}, got {tuple(r.shape)}")
+
+
+def spec_of(
+    q, k, v, options: Options, num_sequences: int | None = None, phase: str = "forward", r=None
+) -> LLASpec:
+    """The spec of a call. Raises like :func:`check_tensors` and :func:`check_probe`, and as LLASpec does for the options.
+
+    ``r`` is looked at where there is one.
+    """
     check_tensors(q, k, v)
+    if r is not None:
+        check_probe(r, q)
     return make_spec(q, k, v, options, seqlen_k=k.shape[2], num_sequences=num_sequences, phase=phase)
 
 
@@ -106,6 +134,7 @@ def make_spec(q, k, v, options: Options, **fields) -> LLASpec:
         precision=options.precision,
         cg_tol=options.cg_tol,
         cg_max_iters=options.cg_max_iters,
+        op=options.op,
         **fields,
     )
 

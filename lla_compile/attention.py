@@ -6,18 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from lla_compile import arguments, autograd, decode_arguments, devices, dispatch, ops
+from lla_compile import arguments, call, decode_arguments, devices, dispatch
 from lla_compile.arguments import Options
 from lla_compile.autograd import AdjointInfo
 from lla_compile.devices import DeviceInfo
 from lla_compile.dispatch import Inputs
-from lla_compile.lowering import INFO
 from lla_compile.plans import Plan
 from lla_compile.spec import LLASpec
-
-_OUT = ("out",)
-_WITH_INFO = ("out", *INFO)
-
 
 class SolveInfo(NamedTuple):
     """What the solver did in every query row.
@@ -103,7 +98,7 @@ def lla_attention(
         True
     """
     options = Options(is_causal, window_size, precision, cg_tol, cg_max_iters, backend)
-    return _attend(Inputs(*_autocast(q, k, v), ridge, scale), options, return_info)
+    return _attend(Inputs(*call.autocast(q, k, v), ridge, scale), options, return_info)
 
 
 def lla_attention_varlen(
@@ -156,7 +151,7 @@ def lla_attention_varlen(
     """
     arguments.check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     options = Options(is_causal, window_size, precision, cg_tol, cg_max_iters, backend)
-    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in _autocast(q, k, v))
+    heads_first = (x.transpose(0, 1).unsqueeze(0) for x in call.autocast(q, k, v))
     if isinstance(ridge, torch.Tensor) and ridge.dim():
         ridge = arguments.packed_ridge(ridge, q).T.unsqueeze(0)
     result = _attend(Inputs(*heads_first, ridge, scale, cu_seqlens_q, cu_seqlens_k), options, return_info)
@@ -167,30 +162,8 @@ def lla_attention_varlen(
     return out, info._replace(iterations=info.iterations[0].T, residual=info.residual[0].T)
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors in the type of an enclosing ``torch.autocast``, as scaled_dot_product_attention takes them."""
-    device = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
-        for x in tensors
-    )
-
-
 def _attend(inputs: Inputs, options: Options, return_info: bool) -> torch.Tensor | tuple[torch.Tensor, SolveInfo]:
-    needs_grad = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
-    report = None
-    if ops.is_traced(inputs.q):
-        out, *info = ops.call(inputs, options, return_info, needs_grad)
-    elif needs_grad:
-        report = AdjointInfo() if return_info else None
-        out, *_, iterations, residual = autograd.Attention.apply(*autograd.Arguments.of(inputs, options), report)
-        info = iterations, residual
-    else:
-        results = dispatch.run("forward", inputs, options, _WITH_INFO if return_info else _OUT)
-        out, *info = results.values()
+    out, info, report = call.attend(inputs, options, return_info)
     return (out, SolveInfo(*info, report)) if return_info else out
 
 
@@ -209,7 +182,7 @@ def plan(
     return_info: bool = False,
     **options,
 ) -> Plan:
-    """What :func:`lla_attention` or :func:`lla_decode` would run, and why: ``print(plan(q, k, v))``.
+    """What :func:`lla_attention`, :func:`lla_decode` or their kin would run, and why: ``print(plan(q, k, v))``.
 
     Nothing is compiled.
 
@@ -223,7 +196,8 @@ def plan(
         backend: plan for this backend only.
         phase: with tensors, "forward", "backward", or "decode" with caches for ``k`` and ``v``; a spec has its own.
         block_table: as in :func:`lla_decode`, if the caches are paged.
-        options: ``is_causal``, ``window_size``, ``precision``, ``cg_tol`` and ``cg_max_iters``, with tensors only.
+        options: ``is_causal``, ``window_size``, ``precision``, ``cg_tol``, ``cg_max_iters`` and ``op``, the operator
+            ("lla", "parallax" or "softmax"), with tensors only.
 
     Raises:
         TypeError, ValueError: as :func:`lla_attention`, or an unknown device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Callable, Mapping, NamedTuple
 
 import torch
@@ -9,31 +10,65 @@ import torch
 from lla_compile import dispatch
 from lla_compile.arguments import Options
 from lla_compile.dispatch import Inputs
-from lla_compile.lowering import INFO, SAVED
+from lla_compile.lowering import INFO, lower
+from lla_compile.spec import SOLVING_OPS
 
-# What the forward pass returns when a gradient will be needed, in order.
-TRAINED = ("out", *SAVED, *INFO)
-GRADIENTS = ("dq", "dk", "dv", "dridge", "dscale")
+# The gradient of each argument that one can be asked for.
+_GRADIENT_OF = {"q": "dq", "r": "dr", "k": "dk", "v": "dv", "ridge_rows": "dridge", "scale_value": "dscale"}
+
+
+@lru_cache(maxsize=None)
+def saved(op: str) -> tuple[str, ...]:
+    """What the backward pass of an operator needs of its forward pass beside the output."""
+    return tuple(lower(op, "backward").given)
+
+
+@lru_cache(maxsize=None)
+def kept(op: str) -> tuple[str, ...]:
+    """:func:`saved`, and the output if the backward pass reads it."""
+    return (*(("out",) if "out" in lower(op, "backward").row_inputs else ()), *saved(op))
+
+
+@lru_cache(maxsize=None)
+def trained(op: str) -> tuple[str, ...]:
+    """What the forward pass returns when a gradient will be needed, in order."""
+    return ("out", *saved(op), *(INFO if op in SOLVING_OPS else ()))
+
+
+@lru_cache(maxsize=None)
+def gradients(op: str) -> tuple[str, ...]:
+    """The gradients that an operator has, in the order of its arguments."""
+    return tuple(name for name in _GRADIENT_OF.values() if name in lower(op, "backward").outputs)
+
+
+# Of Local Linear Attention.
+TRAINED = trained("lla")
+GRADIENTS = gradients("lla")
 
 
 class Arguments(NamedTuple):
-    """The arguments of the registered operators. A schema has no "number or tensor", so ridge and scale are pairs."""
+    """The arguments of the registered operators. A schema has no "number or tensor", so ridge and scale are pairs.
+
+    An operator has those of them that mean something to it, see :func:`lla_compile.ops.argument_names`.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    ridge: float | None
-    ridge_rows: torch.Tensor | None
-    scale: float | None
-    scale_value: torch.Tensor | None
-    cu_seqlens_q: torch.Tensor | None
-    cu_seqlens_k: torch.Tensor | None
-    is_causal: bool
-    window_size: int | None
-    precision: str
-    cg_tol: float | None
-    cg_max_iters: int | None
-    backend: str | None
+    ridge: float | None = None
+    ridge_rows: torch.Tensor | None = None
+    scale: float | None = None
+    scale_value: torch.Tensor | None = None
+    cu_seqlens_q: torch.Tensor | None = None
+    cu_seqlens_k: torch.Tensor | None = None
+    r: torch.Tensor | None = None
+    is_causal: bool = True
+    window_size: int | None = None
+    precision: str = "accurate"
+    cg_tol: float | None = None
+    cg_max_iters: int | None = None
+    backend: str | None = None
+    op: str = "lla"
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options) -> Arguments:
@@ -44,20 +79,16 @@ class Arguments(NamedTuple):
     def inputs(self) -> Inputs:
         ridge = self.ridge_rows if self.ridge is None else self.ridge
         scale = self.scale_value if self.scale is None else self.scale
-        return Inputs(self.q, self.k, self.v, ridge, scale, self.cu_seqlens_q, self.cu_seqlens_k)
+        return Inputs(self.q, self.k, self.v, ridge, scale, self.cu_seqlens_q, self.cu_seqlens_k, self.r)
 
     @property
     def options(self) -> Options:
-        return Options(*self[9:])
+        return Options(*self[10:])
 
 
 def number_or_tensor(x) -> tuple:
     """``x`` as the two arguments of a schema that stand for it, (number, tensor), one of them None."""
     return (None, x) if isinstance(x, torch.Tensor) else (x, None)
-
-
-# Positions in Arguments of what a gradient can be asked for, in the order of GRADIENTS.
-_DIFFERENTIABLE = tuple(Arguments._fields.index(name) for name in ("q", "k", "v", "ridge_rows", "scale_value"))
 
 
 class AdjointInfo:
@@ -75,13 +106,20 @@ class AdjointInfo:
         return f"AdjointInfo(iterations={self.iterations}, residual={self.residual})"
 
 
-def setup_context(ctx, inputs: tuple, output: tuple) -> None:
-    """Keep what the backward pass needs: the inputs, lse, kbar and the probe, all linear in the length."""
-    arguments = Arguments(*inputs[: len(Arguments._fields)])
+def setup_context(ctx, arguments: Arguments, positions: Mapping[str, int], output: tuple) -> None:
+    """Keep what the backward pass needs: the inputs, and of the forward pass what is linear in the length.
+
+    Args:
+        ctx: of autograd.
+        arguments: of the call.
+        positions: where each argument stands among those that autograd knows of.
+        output: the values of :func:`trained`.
+    """
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    ctx.save_for_backward(*tensors, *output[1 : 1 + len(SAVED)])
+    results = dict(zip(trained(arguments.op), output))
+    ctx.save_for_backward(*tensors, *(results[name] for name in kept(arguments.op)))
     ctx.others = [None if isinstance(x, torch.Tensor) else (x,) for x in arguments]
-    ctx.arity = len(inputs)
+    ctx.positions = positions
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -92,38 +130,43 @@ def backward(ctx, grad_out: torch.Tensor | None, run: Callable, report: AdjointI
     Args:
         ctx: as :func:`setup_context` left it.
         grad_out: gradient of the output, None if the output was not used.
-        run: computes the wanted ones: (arguments, grad_out, saved by name, wanted names) -> tensors by name.
+        run: computes the wanted ones: (arguments, grad_out, kept by name, wanted names) -> tensors by name.
         report: filled with what the adjoint solve did.
     """
-    gradients = [None] * ctx.arity
-    wanted = [(position, name) for position, name in zip(_DIFFERENTIABLE, GRADIENTS) if ctx.needs_input_grad[position]]
+    results = [None] * len(ctx.needs_input_grad)
+    wanted = {
+        name: (argument, ctx.positions[argument])
+        for argument, name in _GRADIENT_OF.items()
+        if argument in ctx.positions and ctx.needs_input_grad[ctx.positions[argument]]
+    }
     if grad_out is None or not wanted:
-        return tuple(gradients)
+        return tuple(results)
     tensors = list(ctx.saved_tensors)
     arguments = Arguments(*(tensors.pop(0) if x is None else x[0] for x in ctx.others))
-    names = tuple(name for _, name in wanted)
-    results = run(arguments, grad_out, dict(zip(SAVED, tensors)), names + (tuple(INFO) if report else ()))
-    for position, name in wanted:
-        like = arguments[position]
-        gradient = results[name]
+    names = (*wanted, *(INFO if report else ()))
+    computed = run(arguments, grad_out, dict(zip(kept(arguments.op), tensors)), names)
+    for name, (argument, position) in wanted.items():
+        like = getattr(arguments, argument)
+        gradient = computed[name]
         if name in ("dridge", "dscale"):
             gradient = gradient.sum_to_size(like.shape).to(like.dtype)
-        gradients[position] = gradient
+        results[position] = gradient
     if report:
-        by_row = (results[name] for name in INFO)
+        by_row = (computed[name] for name in INFO)
         packed = arguments.cu_seqlens_q is not None
         report.iterations, report.residual = (x[0].T if packed else x for x in by_row)
-    return tuple(gradients)
+    return tuple(results)
 
 
 def run_forward(arguments: Arguments) -> tuple[torch.Tensor, ...]:
-    """The forward pass with all of TRAINED."""
-    results = dispatch.run("forward", arguments.inputs, arguments.options, TRAINED)
-    return tuple(results[name] for name in TRAINED)
+    """The forward pass with all of :func:`trained`."""
+    names = trained(arguments.op)
+    results = dispatch.run("forward", arguments.inputs, arguments.options, names)
+    return tuple(results[name] for name in names)
 
 
 def run_backward(
-    arguments: Arguments, grad_out: torch.Tensor, saved: Mapping[str, torch.Tensor], wanted: tuple[str, ...]
+    arguments: Arguments, grad_out: torch.Tensor, kept: Mapping[str, torch.Tensor], wanted: tuple[str, ...]
 ) -> Mapping[str, torch.Tensor]:
     """The backward pass on concrete tensors."""
     if grad_out.stride(3) != 1:
@@ -131,7 +174,7 @@ def run_backward(
     factor = None
     if grad_out.dtype is torch.float16 and grad_out.numel():
         grad_out, factor = _normalised(grad_out)
-    given = {"grad_out": grad_out, **saved}
+    given = {"grad_out": grad_out, **kept}
     results = dispatch.run("backward", arguments.inputs, arguments.options, wanted, given)
     if factor is None:
         return results
@@ -150,6 +193,9 @@ def _normalised(grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return grad_out / power, power + 0 * largest
 
 
+_POSITIONS = {name: position for position, name in enumerate(Arguments._fields)}
+
+
 class Attention(torch.autograd.Function):
     """:func:`run_forward` with its gradient; takes the fields of Arguments and an AdjointInfo or None."""
 
@@ -159,7 +205,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        setup_context(ctx, inputs, output)
+        setup_context(ctx, Arguments(*inputs[:-1]), _POSITIONS, output)
         ctx.report = inputs[-1]
 
     @staticmethod

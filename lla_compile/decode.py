@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lla_compile import decode_arguments, dispatch, ops
+from lla_compile import call, decode_arguments
 from lla_compile.arguments import Options
 from lla_compile.attention import SolveInfo
 from lla_compile.dispatch import DecodeInputs
-from lla_compile.lowering import INFO
-
-_OUT = ("out",)
-_WITH_INFO = ("out", *INFO)
 
 
 def lla_decode(
@@ -91,14 +87,10 @@ def lla_decode(
         True
     """
     if torch.is_grad_enabled():
-        decode_arguments.refuse_gradients(q=q, k_cache=k_cache, v_cache=v_cache, ridge=ridge, scale=scale)
+        decode_arguments.refuse_gradients("lla", q=q, k_cache=k_cache, v_cache=v_cache, ridge=ridge, scale=scale)
     inputs = DecodeInputs(q, k_cache, v_cache, ridge, scale, seqlens, block_table, out, workspace)
     options = Options(True, window_size, precision, cg_tol, cg_max_iters, backend)
-    if ops.is_traced(q):
-        result, *info = ops.call_decode(inputs, options, return_info)
-    else:
-        results = dispatch.run_decode(inputs, options, _WITH_INFO if return_info else _OUT)
-        result, *info = results.values()
+    result, info = call.decode(inputs, options, return_info)
     return (result, SolveInfo(*info)) if return_info else result
 
 
@@ -129,8 +121,4 @@ def lla_decode_workspace(
         True
     """
     options = Options(True, window_size, precision, cg_tol, cg_max_iters, backend)
-    return torch.empty(
-        dispatch.decode_workspace_numel(q, k_cache, v_cache, block_table, options),
-        dtype=torch.float32,
-        device=q.device,
-    )
+    return call.workspace(q, k_cache, v_cache, block_table, options)

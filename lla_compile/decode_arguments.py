@@ -1,10 +1,10 @@
-"""Checks of what callers pass to :func:`lla_compile.lla_decode`: an LLASpec, or an error that names the argument."""
+"""Checks of what callers pass for decoding: an LLASpec, or an error that names the argument."""
 
 from __future__ import annotations
 
 import torch
 
-from lla_compile.arguments import Options, check_each, check_together, dtype_name, make_spec
+from lla_compile.arguments import Options, check_each, check_probe, check_together, dtype_name, make_spec
 from lla_compile.spec import MAX_DECODE_QUERIES, LLASpec
 
 _DENSE = "(batch, heads, slots, head_dim)"
@@ -49,9 +49,11 @@ def heads_first(cache: torch.Tensor, paged: bool) -> torch.Tensor:
     return cache.transpose(1, 2) if paged else cache
 
 
-def spec_of(q, k_cache, v_cache, block_table, options: Options) -> LLASpec:
-    """The spec of a call. Raises like :func:`check_tensors`, and as LLASpec does for the options."""
+def spec_of(q, k_cache, v_cache, block_table, options: Options, r=None) -> LLASpec:
+    """The spec of a call. Raises like :func:`check_tensors`, as LLASpec does for the options, and of ``r`` if given."""
     check_tensors(q, k_cache, v_cache, block_table)
+    if r is not None:
+        check_probe(r, q)
     if block_table is None:
         return make_spec(q, k_cache, v_cache, options, seqlen_k=k_cache.shape[2], phase="decode")
     k, v = heads_first(k_cache, True), heads_first(v_cache, True)
@@ -103,7 +105,7 @@ def check_workspace(workspace, q: torch.Tensor, needed: int) -> None:
     if workspace.shape[0] < needed:
         raise ValueError(
             f"workspace must have at least {needed} elements for this call, got {workspace.shape[0]}; "
-            "lla_decode_workspace makes one that fits"
+            "lla_decode_workspace or parallax_decode_workspace makes one that fits"
         )
 
 
@@ -131,13 +133,13 @@ def check_values(seqlens, block_table, num_pages: int, spec: LLASpec) -> None:
         )
 
 
-def refuse_gradients(**tensors) -> None:
+def refuse_gradients(op: str, **tensors) -> None:
     """Raise NotImplementedError if one of ``tensors`` requires a gradient; what is no tensor is ignored."""
     for name, x in tensors.items():
         if isinstance(x, torch.Tensor) and x.requires_grad:
             raise NotImplementedError(
-                f"lla_decode has no gradient, but {name} requires one: call it under torch.no_grad(), "
-                "or train with lla_attention"
+                f"{op}_decode has no gradient, but {name} requires one: call it under torch.no_grad(), "
+                f"or train with {op}_attention"
             )
 
 

@@ -25,32 +25,35 @@ class Inputs(NamedTuple):
 
     Attributes:
         q, k, v: (B, H, length, width); packed sequences as (1, H, total, width).
-        ridge: a number, or a tensor that broadcasts to (B, Hq, N).
+        ridge: a number, or a tensor that broadcasts to (B, Hq, N); None unless the operator solves.
         scale: None, a number or a 0-dim tensor.
         cu_seqlens_q, cu_seqlens_k: None, or where packed sequences start and end, int32.
+        r: the given probe of op "parallax", in the shape of q; None for the others.
     """
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    ridge: float | torch.Tensor
+    ridge: float | torch.Tensor | None
     scale: float | torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None = None
     cu_seqlens_k: torch.Tensor | None = None
+    r: torch.Tensor | None = None
 
 
 class DecodeInputs(NamedTuple):
-    """The tensors of a decoding step, as :func:`lla_compile.lla_decode` takes them."""
+    """The tensors of a decoding step, as :func:`lla_compile.lla_decode` takes them; ``ridge`` and ``r`` as in Inputs."""
 
     q: torch.Tensor
     k_cache: torch.Tensor
     v_cache: torch.Tensor
-    ridge: float | torch.Tensor
+    ridge: float | torch.Tensor | None
     scale: float | torch.Tensor | None
     seqlens: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
     out: torch.Tensor | None = None
     workspace: torch.Tensor | None = None
+    r: torch.Tensor | None = None
 
 
 class Call(NamedTuple):
@@ -105,33 +108,34 @@ def run(
         phase: "forward" or "backward".
         inputs, options: see :func:`lla_compile.lla_attention` for meaning and errors.
         wanted: outputs of the phase's sweeps.
-        given: what else the phase reads: ``grad_out`` and what the forward pass has saved.
+        given: what else the phase reads: ``grad_out`` and what the forward pass has left for it.
 
     Returns:
         The wanted outputs by name.
     """
-    q, k, v, ridge, scale, cu_seqlens_q, cu_seqlens_k = inputs
+    q, k, v, ridge, scale, cu_seqlens_q, cu_seqlens_k, r = inputs
     num_sequences = None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     call = None
     try:
         # Everything that decides the plan or that the checks look at, but for values of ridge and scale.
         key = (
             phase, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device,
-            q.layout, k.layout, v.layout, options, num_sequences,
+            q.layout, k.layout, v.layout, options, num_sequences, _probe_key(r),
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # no tensor, unhashable, nested: the checks name it
         key = None
     if call is None:
-        call = _prepare(key, arguments.spec_of(q, k, v, options, num_sequences, phase), q.device, options.backend)
+        spec = arguments.spec_of(q, k, v, options, num_sequences, phase, r)
+        call = _prepare(key, spec, q.device, options.backend)
 
     # A size-1 axis passes for contiguous whatever its stride, and then only its element 0 is read.
     named = {
         "q": q if q.stride(3) == 1 else q.contiguous(),
         "k": k if k.stride(3) == 1 else k.contiguous(),
         "v": v if v.stride(3) == 1 else v.contiguous(),
-        "ridge": _ridge(ridge, q),
         "scale": call.scale if scale is None else _scale(scale, q),
+        **_own_inputs(call.plan.spec, ridge, r, q),
     }
     if num_sequences is not None:
         named |= _ends(cu_seqlens_q, cu_seqlens_k, q, k)
@@ -142,8 +146,8 @@ def run(
 
 def run_decode(inputs: DecodeInputs, options: Options, wanted: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
     """Run one decoding step on concrete tensors; arguments as :func:`run` has them, ``out`` is written if given."""
-    q, k_cache, v_cache, ridge, scale, seqlens, block_table, out, workspace = inputs
-    call = _decode_call(q, k_cache, v_cache, block_table, options)
+    q, k_cache, v_cache, ridge, scale, seqlens, block_table, out, workspace, r = inputs
+    call = _decode_call(q, k_cache, v_cache, block_table, options, r)
     spec = call.plan.spec
     decode_arguments.check_strides(k_cache, v_cache)
     named = {
@@ -151,8 +155,8 @@ def run_decode(inputs: DecodeInputs, options: Options, wanted: tuple[str, ...]) 
         "k": k_cache,
         "v": v_cache,
         "seqlens": seqlens,
-        "ridge": _ridge(ridge, q),
         "scale": call.scale if scale is None else _scale(scale, q),
+        **_own_inputs(spec, ridge, r, q),
     }
     if block_table is not None:
         named |= {
@@ -179,21 +183,33 @@ def decode_workspace_numel(q, k_cache, v_cache, block_table, options: Options) -
     return _decode_call(q, k_cache, v_cache, block_table, options).executable.workspace_numel
 
 
-def _decode_call(q, k_cache, v_cache, block_table, options: Options) -> Call:
+def _decode_call(q, k_cache, v_cache, block_table, options: Options, r=None) -> Call:
     call = None
     try:
         table = None if block_table is None else (block_table.shape, block_table.dtype, block_table.device)
         key = (
             "decode", q.shape, k_cache.shape, v_cache.shape, q.dtype, k_cache.dtype, v_cache.dtype,
-            q.device, k_cache.device, v_cache.device, q.layout, k_cache.layout, v_cache.layout, table, options,
+            q.device, k_cache.device, v_cache.device, q.layout, k_cache.layout, v_cache.layout, table, options, _probe_key(r),
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):  # as in run
         key = None
     if call is None:
-        spec = decode_arguments.spec_of(q, k_cache, v_cache, block_table, options)
+        spec = decode_arguments.spec_of(q, k_cache, v_cache, block_table, options, r)
         call = _prepare(key, spec, q.device, options.backend)
     return call
+
+
+def _probe_key(r) -> tuple | None:
+    """What the checks look at of a given probe."""
+    return None if r is None else (r.shape, r.dtype, r.device, r.layout)
+
+
+def _own_inputs(spec: LLASpec, ridge, r, q: torch.Tensor) -> dict[str, float | torch.Tensor]:
+    """The inputs that not every operator has, checked."""
+    if spec.solves:
+        return {"ridge": _ridge(ridge, q)}
+    return {} if r is None else {"r": r if r.stride(3) == 1 else r.contiguous()}
 
 
 def _ridge(ridge, q: torch.Tensor) -> float | torch.Tensor:

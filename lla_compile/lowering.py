@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+from lla_compile import mean_lowering
 from lla_compile.expr import Expr, Kind, dot, log2, rounded, row, scalar, sqrt, tile, vector, where, wide_dot
 from lla_compile.sweeps import Accumulator, Assign, Loop, P, Score, Sweep, SweepList
 
@@ -272,7 +273,22 @@ def _lla_backward() -> SweepList:
     )
 
 
-_LOWERINGS = {("lla", "forward"): _lla_forward, ("lla", "backward"): _lla_backward, ("lla", "decode"): _lla_decode}
+_LOWERINGS = {
+    ("lla", "forward"): _lla_forward,
+    ("lla", "backward"): _lla_backward,
+    ("lla", "decode"): _lla_decode,
+    ("parallax", "forward"): mean_lowering.parallax_forward,
+    ("parallax", "backward"): mean_lowering.parallax_backward,
+    ("parallax", "decode"): lambda: _decoding("parallax"),
+    ("softmax", "forward"): mean_lowering.softmax_forward,
+    ("softmax", "backward"): mean_lowering.softmax_backward,
+    ("softmax", "decode"): lambda: _decoding("softmax"),
+}
+
+
+def _decoding(op: str) -> SweepList:
+    """Decoding of an operator that reads the keys once: the forward sweep, for nothing but the output."""
+    return replace(lower(op, "forward").wanting(("out",)), name=f"{op}_decode")
 
 
 @lru_cache(maxsize=None)
@@ -280,7 +296,8 @@ def lower(op: str, phase: str) -> SweepList:
     """The sweeps of an operator.
 
     ``("lla", "forward")`` is stats, cg_step*, output; ``("lla", "backward")`` is adjoint_stats, cg_step*, grad_q,
-    grad_kv; ``("lla", "decode")`` is that of "forward", without what a backward pass would need.
+    grad_kv; ``("lla", "decode")`` is that of "forward", without what a backward pass would need. "parallax" and
+    "softmax" are attend; grad_q, grad_kv; and attend.
 
     Raises:
         NotImplementedError: no lowering is known for this operator and phase.

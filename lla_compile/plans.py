@@ -32,12 +32,13 @@ class KernelConfig:
             "decode" "gram" (one pass over the keys forms the covariances, see :mod:`lla_compile.gram`) or "fused".
         block_q: query rows of a tile, B_r.
         block_k: keys of a tile, B_c.
-        cg_max_iters: cap on the CG iterations unless the caller gives one.
+        cg_max_iters: cap on the CG iterations unless the caller gives one; None for operators that solve nothing.
         num_warps: warps of a program; None where the backend has no such knob.
         num_stages: depth of the software pipeline over key tiles; None likewise.
         kv_block_q, kv_block_k, kv_num_warps, kv_num_stages: the same for the sweep that holds keys; None where the
             phase has none, or where it takes the tile of the others.
-        num_splits: parts that the keys of a query are cut into, of about the same length whatever that is; "gram" only.
+        num_splits: parts that the keys of a query are cut into, of about the same length whatever that is; "gram", and
+            "fused" in phase "decode" of operators that read the keys once.
         block_d: rows of the covariances that a program holds; "gram" only.
     """
 
@@ -45,7 +46,7 @@ class KernelConfig:
     schedule: str
     block_q: int
     block_k: int
-    cg_max_iters: int
+    cg_max_iters: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
     kv_block_q: int | None = None
@@ -113,13 +114,13 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
 
     @property
-    def cg_max_iters(self) -> int:
-        """The cap in force: the caller's, else the configuration's."""
+    def cg_max_iters(self) -> int | None:
+        """The cap in force: the caller's, else the configuration's; None where nothing is solved."""
         return self.spec.cg_max_iters or self.config.cg_max_iters
 
     @property
-    def cg_tol(self) -> float:
-        """Relative residual at which a row is solved."""
+    def cg_tol(self) -> float | None:
+        """Relative residual at which a row is solved; None where nothing is."""
         return self.spec.cg_tol
 
     @property
@@ -167,18 +168,16 @@ class Plan:
         spec, config, device = self.spec, self.config, self.device
         knobs = [f"{name} {value}" for name, value in config.as_dict().items() if name in _TILE_KNOBS]
         knobs += [f"{name} {value}" for name, value in config.as_dict().items() if name.startswith("kv_")]
-        gram = config.schedule == "gram"
         knobs += [f"{name} {value}" for name, value in config.as_dict().items() if name in _GRAM_KNOBS]
-        split = f", operands split until {self.split_tol:g} ||r_0||" if self.split_tol and not gram else ""
         outside, iteration = self.flops
-        work = f"{_flop(outside)} + {_flop(iteration)} a CG iteration"
         source = self.source.value + (f", {self.distance:.1f} octaves away" if self.distance else "")
+        work = f"{_flop(outside)} + {_flop(iteration)} a CG iteration" if spec.solves else _flop(outside)
         lines = [
             ("spec", spec.describe()),
             ("device", f"{device.name} ({device.id})"),
             ("backend", f"{config.backend}, schedule {config.schedule}"),
             ("tile", ", ".join(knobs)),
-            ("CG", f"until ||r|| <= {spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations{split}"),
+            *([self._solver_line()] if spec.solves else []),
             ("source", source),
             ("reason", self.reason),
             self._sweeps_line(),
@@ -186,17 +185,25 @@ class Plan:
         ]
         if device.tensor_tflops:
             peak = device.tensor_tflops * 1e12
-            total = outside + self.cg_max_iters * iteration
-            floor = f"{_seconds(outside / peak)} + {_seconds(iteration / peak)} a CG iteration"
-            peak_text = f"{device.tensor_tflops:g} TFLOP/s bf16 peak"
-            lines.append(("floor", f"{floor}, {_seconds(total / peak)} at the cap ({peak_text})"))
+            floor = _seconds(outside / peak)
+            if spec.solves:
+                total = outside + self.cg_max_iters * iteration
+                floor += f" + {_seconds(iteration / peak)} a CG iteration, {_seconds(total / peak)} at the cap"
+            lines.append(("floor", f"{floor} ({device.tensor_tflops:g} TFLOP/s bf16 peak)"))
         if spec.phase == "decode":
-            passes = "read once" if gram else "read in every sweep"
+            passes = "read in every sweep" if spec.solves and config.schedule != "gram" else "read once"
             seconds = self.cache_bytes / (device.bandwidth_gbs * 1e9) if device.bandwidth_gbs else 0.0
             rate = f", {_seconds(seconds)} at {device.bandwidth_gbs:g} GB/s peak" if seconds else ""
             lines.append(("cache", f"{_bytes(self.cache_bytes)} of keys and values, {passes}{rate}"))
         lines += [("note", note) for note in self.notes]
         return "\n".join(f"{label:<8} {text}" for label, text in lines)
+
+    def _solver_line(self) -> tuple[str, str]:
+        gram = self.config.schedule == "gram"
+        split = f", operands split until {self.split_tol:g} ||r_0||" if self.split_tol and not gram else ""
+        return "CG", (
+            f"until ||r|| <= {self.spec.cg_tol:.2g} ||r_0||, at most {self.cg_max_iters} iterations{split}"
+        )
 
     def _sweeps_line(self) -> tuple[str, str]:
         spec = self.spec

@@ -28,6 +28,10 @@ class Score:
     ``row`` names an input or a ``rounded`` vector, so that the product takes it exactly; ``col`` an input on the key
     side; ``center`` a ROW, the product of the same rounded vector with kbar: what is left stays small where key and
     kbar are close. ``wide`` says that the terms of the product cancel and asks for the widest type of the tier.
+
+    ``mean`` names a ROW that an "online" sweep keeps while it streams: the mean of the product under the weights so
+    far. The score is relative to it, the tile's own products included, and what earlier tiles have left in the
+    accumulators ``about`` others is moved along.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Score:
     col: str
     center: str | None = None
     wide: bool = False
+    mean: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,16 @@ class Accumulator:
 
     Accumulators of one name add up. ``row_sum`` also names the sum of the weights themselves, as the product rounds
     them: with it the epilogue can take a shared offset of the operands out exactly.
+
+    ``about`` names the accumulator of the same operand with weight P, where this one's weight is P times a score with
+    a running ``mean``: when the mean moves by d, this sum loses d times that one.
     """
 
     name: str
     weight: Expr
     operand: str
     row_sum: str | None = None
+    about: str | None = None
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class Sweep:
 
     def reads(self) -> frozenset[str]:
         """State that must exist before the sweep, its epilogue included."""
-        known = {a.name for a in self.prologue} | self.sums()
+        known = {a.name for a in self.prologue} | self.sums() | self.means()
         if self.softmax == "online":
             known |= {"row_max", "row_sum"}
         needed = set(self.stream_reads())
@@ -131,9 +140,13 @@ class Sweep:
         """Names of the accumulators and of their row sums."""
         return frozenset(x for a in self.accumulators for x in (a.name, a.row_sum) if x)
 
+    def means(self) -> frozenset[str]:
+        """Names of the running means of scores."""
+        return frozenset(s.mean for s in self.scores if s.mean)
+
     def writes(self) -> dict[str, Kind]:
-        """What the sweep assigns, with kinds: prologue, accumulators and epilogue."""
-        kinds = {a.name: a.value.kind for a in self.prologue}
+        """What the sweep assigns, with kinds: prologue, accumulators, means and epilogue."""
+        kinds = {a.name: a.value.kind for a in self.prologue} | dict.fromkeys(self.means(), Kind.ROW)
         kinds |= {a.name: Kind.VECTOR for a in self.accumulators}
         kinds |= {a.row_sum: Kind.ROW for a in self.accumulators if a.row_sum}
         return kinds | {a.name: a.value.kind for a in self.epilogue}
@@ -147,11 +160,13 @@ class Sweep:
         if not live & self.writes().keys():
             return None, live
         epilogue, after_stream = _needed(self.epilogue, live)
+        after_stream |= {a.about for a in self.accumulators if a.about and a.name in after_stream}
         sums = tuple(a for a in self.accumulators if {a.name, a.row_sum} & after_stream)
-        used = after_stream - self.sums() - {"row_max", "row_sum"}
+        used = after_stream - self.sums() - self.means() - {"row_max", "row_sum"}
         in_stream = frozenset().union(*(a.weight.symbols() for a in sums))
         weights, in_stream = _needed(self.weights, in_stream)
-        scores = tuple(s for i, s in enumerate(self.scores) if i == 0 or s.name in in_stream)
+        needed = in_stream | after_stream
+        scores = tuple(s for i, s in enumerate(self.scores) if i == 0 or {s.name, s.mean} & needed)
         reduced = replace(self, scores=scores, accumulators=sums, weights=weights, prologue=(), epilogue=epilogue)
         prologue, used = _needed(self.prologue, used | reduced.stream_reads())
         return replace(reduced, prologue=prologue), used

@@ -225,7 +225,8 @@ def test_public_names():
         "lla_attention",
         "lla_attention_varlen",
         "lla_decode",
-        "lla_decode_workspace",
+        "lla_decode_workspace", "parallax_attention", "parallax_attention_varlen", "parallax_decode",
+        "parallax_decode_workspace",
         "plan",
     }
     assert lla_compile.plan is plan and lla_compile.__version__

@@ -20,7 +20,7 @@ def spec(**fields) -> LLASpec:
     [
         (dict(dtype="int8"), "dtype must be one of float16, bfloat16, float32, float64, got 'int8'"),
         (dict(precision="exact"), "precision must be one of fast, accurate, got 'exact'"),
-        (dict(op="softmax"), "op must be one of lla"),
+        (dict(op="linear"), "op must be one of lla, parallax, softmax"),
         (dict(phase="generate"), "phase must be one of forward, backward, decode, got 'generate'"),
         (dict(head_dim=0), "head_dim must be an integer from 1 to 256, got 0"),
         (dict(head_dim=257), "head_dim must be an integer from 1 to 256, got 257"),

@@ -43,17 +43,15 @@ class EagerBackend:
 
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         if spec.phase == "decode":
-            config = KernelConfig(self.name, "gram", 1, _DECODE_BLOCK_K, cg_max_iters=1, num_splits=1)
+            cap = 1 if spec.solves else None
+            config = KernelConfig(self.name, _decode_schedule(spec), 1, _DECODE_BLOCK_K, cap, num_splits=1)
             while self.infeasible(spec, config, device):
                 config = replace(config, block_k=(config.block_k + 1) // 2)
             return config
         block_q, block_k = 128, 256
         while block_q * block_k * max(spec.batch * spec.num_heads, 1) > _CACHE_ELEMENTS and block_q * block_k > 64 * 64:
             block_q, block_k = block_k // 2, block_q  # 128 x 256, 128 x 128, 64 x 128, 64 x 64
-        cg_max_iters = _DEFAULT_CG_MAX_ITERS.get((spec.dtype, spec.precision), 32)
-        if spec.head_dim > 128:
-            cg_max_iters += cg_max_iters // 2
-        config = KernelConfig(self.name, "fused", block_q, block_k, cg_max_iters)
+        config = KernelConfig(self.name, "fused", block_q, block_k, _default_cg_max_iters(spec))
         while self.infeasible(spec, config, device):
             config = replace(config, block_q=(config.block_q + 1) // 2, block_k=(config.block_k + 1) // 2)
         return config
@@ -65,17 +63,19 @@ class EagerBackend:
         default = self.default_config(spec, device)
         if spec.phase == "decode":
             return {
-                "schedule": ("gram",),
+                "schedule": (default.schedule,),
                 "block_q": (1,),
                 "block_k": tuple(sorted({*_BLOCKS, default.block_k})),
-                "cg_max_iters": (1,),
+                "cg_max_iters": (default.cg_max_iters,),
                 "num_splits": (1,),
             }
+        caps = tuple(sorted({*_CG_MAX_ITERS, default.cg_max_iters})) if spec.solves else (None,)
         return {
-            "schedule": SCHEDULES,
+            # An operator of one sweep that holds rows runs alike under every schedule.
+            "schedule": SCHEDULES if spec.solves else ("fused",),
             "block_q": tuple(sorted({*_BLOCKS, default.block_q})),
             "block_k": tuple(sorted({*_BLOCKS, default.block_k})),
-            "cg_max_iters": tuple(sorted({*_CG_MAX_ITERS, default.cg_max_iters})),
+            "cg_max_iters": caps,
         }
 
     def infeasible(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str | None:
@@ -95,9 +95,13 @@ class EagerBackend:
         return f"tiles of all heads need {needed >> 20} MiB at once, allowed are {allowed >> 20} MiB"
 
     def _infeasible_decoding(self, spec: LLASpec, config: KernelConfig) -> str | None:
-        if config.schedule != "gram":
-            return f"decoding has the schedule gram only, not {config.schedule}"
+        if config.schedule != _decode_schedule(spec):
+            return f"decoding has the schedule {_decode_schedule(spec)} only, not {config.schedule}"
         queries = spec.batch * spec.num_heads * spec.seqlen_q
+        if not spec.solves:
+            scores = 8 * _TILES_ALIVE * queries * min(config.block_k, spec.seqlen_k)
+            allowed = max(_WORK_BYTES, scores * min(_BLOCKS[0], config.block_k) // config.block_k)
+            return None if scores <= allowed else f"the scores of a block need {scores >> 20} MiB"
         weighted = 8 * queries * spec.head_dim * min(config.block_k, spec.seqlen_k)
         moments = 8 * queries * spec.head_dim * (spec.head_dim + spec.head_dim_v)
         allowed = max(_WORK_BYTES, moments)
@@ -116,12 +120,23 @@ class EagerBackend:
 
     def bind(self, plan: Plan) -> Executable:
         if plan.spec.phase == "decode":
-            from lla_compile.backends.eager.decode import GramExecutable
+            from lla_compile.backends.eager import decode
 
-            return GramExecutable(plan)
+            return (decode.GramExecutable if plan.config.schedule == "gram" else decode.MeanExecutable)(plan)
         from lla_compile.backends.eager.interpreter import EagerExecutable
 
         return EagerExecutable(plan)
+
+
+def _decode_schedule(spec: LLASpec) -> str:
+    return "gram" if spec.solves else "fused"
+
+
+def _default_cg_max_iters(spec: LLASpec) -> int | None:
+    if not spec.solves:
+        return None
+    cg_max_iters = _DEFAULT_CG_MAX_ITERS.get((spec.dtype, spec.precision), 32)
+    return cg_max_iters + cg_max_iters // 2 if spec.head_dim > 128 else cg_max_iters
 
 
 @lru_cache(maxsize=None)
@@ -129,7 +144,7 @@ def _source_hash() -> str:
     import lla_compile
 
     package = Path(lla_compile.__file__).parent
-    files = [package / f"{name}.py" for name in ("expr", "gram", "lowering", "masks", "precision", "storage", "sweeps")]
+    files = [package / f"{name}.py" for name in ("expr", "gram", "lowering", "masks", "mean_lowering", "precision", "storage", "sweeps")]
     files += sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256()
     for file in files:

@@ -1,13 +1,16 @@
-"""Decoding by the `gram` schedule: moments of one block of the cache after another, then a direct solve."""
+"""Decoding, one block of the cache after another: moments and a direct solve, or weighted means."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Mapping
+import functools
+import itertools
+from typing import TYPE_CHECKING, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from lla_compile import precision, storage
+from lla_compile.backends.eager.mean_state import MeanState
 from lla_compile.gram import GramState
 from lla_compile.lowering import lower
 
@@ -16,11 +19,11 @@ if TYPE_CHECKING:
     from lla_compile.plans import Plan
 
 
-class GramExecutable:
+class _DecodeExecutable:
     """A decoding plan of the eager backend; see :class:`lla_compile.backends.Executable`.
 
     Nothing is read back from a device, so that a GPU passes over all slots of the cache, or of the window, however
-    short the sequences are. The direct solve counts as one iteration; its residual is that of its result.
+    short the sequences are.
     """
 
     workspace_numel = 0
@@ -42,23 +45,17 @@ class GramExecutable:
         return results
 
     def _compute(self, inputs: Mapping[str, Value]) -> dict[str, Tensor]:
-        spec, q, ridge = self.plan.spec, inputs["q"], inputs["ridge"]
-        wide = precision.is_wide(spec.dtype, spec.precision)
-        q = q.to(torch.float64 if wide else storage.state_dtype(q.dtype))
-        state = self._state(q, inputs)
-        ridge = ridge.to(q.dtype) if isinstance(ridge, Tensor) else ridge
-        right, probe = state.key_mean - q, state.solve(q, ridge)
-        image = (state.key_covariance.mT @ probe.unsqueeze(-1)).squeeze(-1)
-        image = image + (ridge.unsqueeze(-1) if isinstance(ridge, Tensor) else ridge) * probe
-        norm = right.norm(dim=-1)
-        solved = (state.lse > -torch.inf) & (norm > 0)
-        return {
-            "out": state.answer(probe),
-            "iterations": solved,
-            "final_residual": torch.where(solved, (image - right).norm(dim=-1) / norm, 0),
-        }
+        """Every output, in the accumulation type."""
+        raise NotImplementedError
 
-    def _state(self, q: Tensor, inputs: Mapping[str, Value]) -> GramState:
+    def _wide(self, q: Tensor) -> Tensor:
+        """The queries in the type of sums."""
+        spec = self.plan.spec
+        wide = precision.is_wide(spec.dtype, spec.precision)
+        return q.to(torch.float64 if wide else storage.state_dtype(q.dtype))
+
+    def _parts(self, q: Tensor, inputs: Mapping[str, Value]) -> Iterator[Iterator[tuple[Tensor, Tensor, Tensor]]]:
+        """For every part of the keys, in turn: keys, values (B, Hkv, slots, width) and mask of one block after another."""
         spec, config = self.plan.spec, self.plan.config
         lengths = inputs["seqlens"]
         if lengths is None:
@@ -72,17 +69,13 @@ class GramExecutable:
             span = min(span, int(lengths.max()))
         size = -(-span // (config.num_splits or 1))
         splits = [range(start, min(start + size, span), config.block_k) for start in range(0, span, max(size, 1))]
-        return GramState.merge([self._split(q, inputs, lengths, first, blocks) for blocks in splits or [range(1)]])
+        for blocks in splits or [range(1)]:
+            yield (
+                self._block(q, inputs, lengths, first + start, min(blocks.step, blocks.stop - start)) for start in blocks
+            )
 
-    def _split(self, q, inputs, lengths, first, blocks: range) -> GramState:
-        state = None
-        for start in blocks:
-            block = self._block(q, inputs, lengths, first + start, min(blocks.step, blocks.stop - start))
-            state = block if state is None else GramState.merge([state, block])
-        return state
-
-    def _block(self, q: Tensor, inputs: Mapping[str, Value], lengths: Tensor, first: Tensor, size: int) -> GramState:
-        """The state of ``size`` slots of every sequence, from the slot ``first`` (B,) on."""
+    def _block(self, q: Tensor, inputs: Mapping[str, Value], lengths: Tensor, first: Tensor, size: int) -> tuple:
+        """``size`` slots of every sequence, from the slot ``first`` (B,) on."""
         spec = self.plan.spec
         slots = first[:, None] + torch.arange(size, device=q.device)
         positions = lengths[:, None] - spec.seqlen_q + torch.arange(spec.seqlen_q, device=q.device)
@@ -98,4 +91,43 @@ class GramExecutable:
             page = torch.where(visible.any(1), page, 0)
             slots = slots % spec.page_size
         k, v = (inputs[name][page, :, slots].transpose(1, 2).to(q.dtype) for name in ("k", "v"))
-        return GramState.of(q, k, v, scale=inputs["scale"], mask=visible[:, None])
+        return k, v, visible[:, None]
+
+
+class GramExecutable(_DecodeExecutable):
+    """The `gram` schedule. The direct solve counts as one iteration; its residual is that of its result."""
+
+    def _compute(self, inputs: Mapping[str, Value]) -> dict[str, Tensor]:
+        q, ridge = self._wide(inputs["q"]), inputs["ridge"]
+        scale = inputs["scale"]
+        parts = (
+            functools.reduce(_merge, (GramState.of(q, k, v, scale=scale, mask=mask) for k, v, mask in blocks))
+            for blocks in self._parts(q, inputs)
+        )
+        state = GramState.merge(list(parts))
+        ridge = ridge.to(q.dtype) if isinstance(ridge, Tensor) else ridge
+        right, probe = state.key_mean - q, state.solve(q, ridge)
+        image = (state.key_covariance.mT @ probe.unsqueeze(-1)).squeeze(-1)
+        image = image + (ridge.unsqueeze(-1) if isinstance(ridge, Tensor) else ridge) * probe
+        norm = right.norm(dim=-1)
+        solved = (state.lse > -torch.inf) & (norm > 0)
+        return {
+            "out": state.answer(probe),
+            "iterations": solved,
+            "final_residual": torch.where(solved, (image - right).norm(dim=-1) / norm, 0),
+        }
+
+
+def _merge(state: GramState, block: GramState) -> GramState:
+    return GramState.merge([state, block])
+
+
+class MeanExecutable(_DecodeExecutable):
+    """The `fused` schedule of operators that solve nothing: weighted means of one block after another."""
+
+    def _compute(self, inputs: Mapping[str, Value]) -> dict[str, Tensor]:
+        q, scale = self._wide(inputs["q"]), inputs["scale"]
+        r = self._wide(inputs["r"]) if "r" in inputs else None
+        blocks = itertools.chain.from_iterable(self._parts(q, inputs))
+        states = (MeanState.of(q, r, k, v, scale, mask) for k, v, mask in blocks)
+        return {"out": functools.reduce(MeanState.merge, states).out}

@@ -93,7 +93,7 @@ class _Run:
         self.spec = plan.spec
         self.program = program
         self.inputs = inputs
-        self.terms = precision.split_terms(self.spec.dtype, self.spec.precision)
+        self.terms = self.spec.terms
         self.wide = precision.is_wide(self.spec.dtype, self.spec.precision)
         self.shift = precision.weight_shift(self.spec.dtype)
         self.dtype = storage.state_dtype(inputs["q"].dtype)
@@ -150,6 +150,7 @@ class _Run:
         operands = self._row_operands(sweep, values)
         sums: dict[str, Value] = {}
         row_max, row_sum = None, 0
+        means: dict[str, Value] = {}
         for start, stop, needs_mask in self._keys(tile).tiles(self.plan.config.block_k):
             scores = self._scores(operands, tile, start, stop, needs_mask)
             s = scores[sweep.scores[0].name]
@@ -159,6 +160,7 @@ class _Run:
                 scores["p"] = self._round((s - anchor).exp2())
                 row_sum = row_sum * decay + scores["p"].sum(-1, keepdim=True)
                 sums = {name: x * decay for name, x in sums.items()}
+                self._move_means(sweep, scores, row_sum, means, sums)
             for accumulator, weight in self._weights(sweep, {**values, **scores}):
                 column = self.columns[accumulator.operand][:, start:stop]
                 previous = sums.get(accumulator.name)
@@ -167,7 +169,25 @@ class _Run:
                 if accumulator.row_sum:
                     sums[accumulator.row_sum] = sums.get(accumulator.row_sum, 0) + weight.sum(-1, keepdim=True)
         values |= self._unshifted(sweep, sums)
-        values |= {"row_max": row_max, "row_sum": row_sum}
+        values |= {"row_max": row_max, "row_sum": row_sum} | means
+
+    def _move_means(self, sweep: Sweep, scores: dict, row_sum: Tensor, means: dict, sums: dict) -> None:
+        """Take a tile into the running means of its scores, make the scores relative to them, and move the sums along.
+
+        ``row_sum`` has the tile's weights already.
+        """
+        for score in sweep.scores:
+            if not score.mean:
+                continue
+            previous = means.get(score.mean, 0)
+            scores[score.name] = scores[score.name] - previous
+            total = (scores["p"] * scores[score.name]).sum(-1, keepdim=True)
+            moved = torch.where(row_sum > 0, total / row_sum, 0)
+            scores[score.name] = scores[score.name] - moved
+            means[score.mean] = previous + moved
+            for accumulator in sweep.accumulators:
+                if accumulator.name in sums and accumulator.about and score.name in accumulator.weight.symbols():
+                    sums[accumulator.name] = sums[accumulator.name] - moved * sums[accumulator.about]
 
     def _by_key(self, sweeps: list[Sweep], tiles: list[_Tile]) -> dict[str, Tensor]:
         """Sweeps that hold keys: for each key tile, all query tiles that see some of it."""
