@@ -8,8 +8,8 @@ segments. Segment s has its own region of keys and its own linear map:
 
 with m_s, z and the noise standard normal, A_s normal with variance 1 / dim, and U_s an orthonormal basis of ``--rank``
 dimensions, scaled so that U_s z has variance 1. Values have variance 1; the error is measured against those without
-noise. Keys have to tell which segment they are of: attention knows nothing else of it. With the full rank, 64, a segment
-of 64 pairs does not determine its map, even to who knows where it starts; by default the rank is half the width.
+noise. Keys have to tell which segment they are of: attention knows nothing else of it. With the full rank, 64, a
+segment of 64 pairs does not determine its map, even to who knows where it starts; by default the rank is half the width.
 
 Methods and what is chosen for each, on sequences of their own (``--validation``), by the mean error, for each segment
 size:
@@ -172,20 +172,23 @@ def save(results: dict[int, dict], options: argparse.Namespace, seconds: float) 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1, len(results) + 1, figsize=(2.6 * len(results) + 2.6, 2.8), sharey=True, layout="constrained"
-    )
+    rows = math.ceil((len(results) + 1) / 3)
+    figure, grid = pyplot.subplots(rows, 3, figsize=(8, 2.5 * rows), sharey=True, squeeze=False, layout="constrained")
+    *panels, last = list(grid.flat)[: len(results) + 1]
+    for axes in list(grid.flat)[len(results) + 1 :]:
+        axes.remove()
     positions = (torch.arange(BINS) + 0.5) * options.length / BINS
     for axes, (segment, methods) in zip(panels, results.items()):
         for name, result in methods.items():
             axes.plot(positions, result["curve"], label=LABELS[name])
         axes.set(title=f"segments of {segment}", xlabel="position")
     for name, label in LABELS.items():
-        panels[-1].plot(list(results), [methods[name]["mse"] for methods in results.values()], "o-", label=label)
-    panels[-1].set_xscale("log", base=2)
-    panels[-1].set(title="mean", xlabel="segment size", ylim=(0, None))
-    panels[0].set_ylabel("mean squared error")
-    panels[-1].legend()
+        last.plot(list(results), [methods[name]["mse"] for methods in results.values()], "o-", label=label)
+    last.set_xscale("log", base=2)
+    last.set(title="mean", xlabel="segment size", ylim=(0, None))
+    for row in grid:
+        row[0].set_ylabel("mean squared error")
+    last.legend()
     figure.savefig(options.out / "test_time_regression.png", dpi=80)
     pyplot.close(figure)
 

@@ -26,7 +26,7 @@ from lla_compile.integrations.transformers import (  # noqa: E402
     lla_mask,
     register_attention,
 )
-from lla_compile.nn import from_softmax_attention  # noqa: E402
+from lla_compile.nn import LocalLinearAttention, ParallaxAttention, from_softmax_attention  # noqa: E402
 
 SIZES = {
     "vocab_size": 50,
@@ -47,7 +47,7 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["interface", "lla"])
+@pytest.fixture(params=["interface", "lla", "parallax"])
 def model(request):
     """A small causal model with Local Linear Attention of a ridge that matters."""
     if request.param == "interface":
@@ -55,6 +55,9 @@ def model(request):
         model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES), attn_implementation="lla")
     else:
         model = LocalLinearForCausalLM(LocalLinearConfig(**SIZES, attention_layer=request.param, qk_norm=True))
+        for name, parameter in model.named_parameters():
+            if "r_proj" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -201,8 +204,9 @@ def test_a_step_of_training_lowers_the_loss(model):
 
 
 @torch.no_grad()
-def test_a_static_cache_is_compiled_in_one_graph():
-    model = LocalLinearForCausalLM(LocalLinearConfig(**SIZES)).eval()
+@pytest.mark.parametrize("layer", ["lla", "parallax"])
+def test_a_static_cache_is_compiled_in_one_graph(layer):
+    model = LocalLinearForCausalLM(LocalLinearConfig(**SIZES, attention_layer=layer)).eval()
     ids = tokens(2, 12)
     expected = model(ids).logits
     cache = StaticCache(model.config, max_cache_len=32)
@@ -227,12 +231,20 @@ def test_checkpoints(model, tmp_path):
 
 
 @torch.no_grad()
-def test_a_llama_checkpoint_goes_on_as_it_was(tmp_path):
+@pytest.mark.parametrize(
+    "options, new",
+    [
+        ({"attention_layer": "lla", "ridge": "head", "initial_ridge": 1e6}, "ridge.log_ridge"),
+        ({"attention_layer": "parallax"}, "r_proj.weight"),
+    ],
+    ids=["lla", "parallax"],
+)
+def test_a_llama_checkpoint_goes_on_as_it_was(options, new, tmp_path):
     llama = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     llama.save_pretrained(tmp_path)
-    config = LocalLinearConfig(**SIZES, ridge="head", initial_ridge=1e6)
+    config = LocalLinearConfig(**SIZES, **options)
     model, report = LocalLinearForCausalLM.from_pretrained(tmp_path, config=config, output_loading_info=True)
-    assert {key.split("self_attn.")[1] for key in report["missing_keys"]} == {"ridge.log_ridge"}
+    assert {key.split("self_attn.")[1] for key in report["missing_keys"]} == {new}
     ids = tokens(2, 15)
     close(model.eval()(ids).logits, llama(ids).logits)
 
@@ -260,8 +272,9 @@ def test_a_llama_checkpoint_goes_on_as_it_was(tmp_path):
     ],
     ids=["llama with biases", "scaled frequencies", "norms", "window"],
 )
+@pytest.mark.parametrize("layer, limit", [(LocalLinearAttention, 2e-5), (ParallaxAttention, 1e-6)])
 @torch.no_grad()
-def test_conversion_of_an_attention(model_class, config):
+def test_conversion_of_an_attention(model_class, config, layer, limit):
     model = model_class(config).eval()
     attention, seen = model.model.layers[1].self_attn, {}
     for norm in ("q_norm", "k_norm"):
@@ -273,7 +286,7 @@ def test_conversion_of_an_attention(model_class, config):
 
     attention.register_forward_hook(keep, with_kwargs=True)
     model(tokens(2, 30))
-    close(from_softmax_attention(attention)(seen["x"]), seen["output"], 2e-5)
+    close(from_softmax_attention(attention, layer)(seen["x"]), seen["output"], limit)
 
 
 def test_what_cannot_be_converted():

@@ -2,6 +2,7 @@
 
 from lla_compile.nn.convert import from_softmax_attention
 from lla_compile.nn.lla import LocalLinearAttention
+from lla_compile.nn.parallax import ParallaxAttention
 from lla_compile.nn.ridge import FixedRidge, HeadRidge, TokenRidge
 from lla_compile.nn.rotary import RotaryEmbedding, apply_rotary
 
@@ -9,6 +10,7 @@ __all__ = [
     "FixedRidge",
     "HeadRidge",
     "LocalLinearAttention",
+    "ParallaxAttention",
     "RotaryEmbedding",
     "TokenRidge",
     "apply_rotary",

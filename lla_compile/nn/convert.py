@@ -111,7 +111,7 @@ def _of_llama(module: nn.Module) -> tuple[dict, dict[str, Tensor]]:
     for name in _UNSUPPORTED:
         if getattr(module, name, None) is not None:
             raise ValueError(f"{type(module).__name__} has {name}, which the layers have no counterpart of")
-    head_dim = module.head_dim
+    head_dim, config = module.head_dim, getattr(module, "config", None)
     heads, kv_heads = (getattr(module, name).out_features // head_dim for name in ("q_proj", "k_proj"))
     read = {
         "embed_dim": module.q_proj.in_features,
@@ -122,9 +122,7 @@ def _of_llama(module: nn.Module) -> tuple[dict, dict[str, Tensor]]:
         "out_bias": module.o_proj.bias is not None,
         "scale": getattr(module, "scaling", None),
         "is_causal": getattr(module, "is_causal", True),
-        "window_size": getattr(
-            module, "sliding_window", getattr(getattr(module, "config", None), "sliding_window", None)
-        ),
+        "window_size": getattr(module, "sliding_window", getattr(config, "sliding_window", None)),
         "rotary": _rotary(module),
     }
     names = [f"{name}.{part}" for name in _LLAMA_PROJECTIONS for part in ("weight", "bias")]

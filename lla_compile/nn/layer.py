@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lla_compile.arguments import dtype_name
 from lla_compile.kv_cache import KVCache
 from lla_compile.nn.operators import Operator
+from lla_compile.nn.ridge import at_least_float32
 from lla_compile.nn.rotary import RotaryEmbedding, apply_rotary
 from lla_compile.spec import MAX_DECODE_QUERIES
 
@@ -76,7 +77,7 @@ class AttentionLayer(nn.Module):
     def options(self) -> dict:
         """What every call of the operator gets beside its operands, but for ``is_causal``."""
         return {
-            "scale": self.scale if self.log_scale is None else self.log_scale.float().exp(),
+            "scale": self.scale if self.log_scale is None else at_least_float32(self.log_scale).exp(),
             "window_size": self.window_size,
             "precision": self.precision,
             "backend": self.backend,
@@ -172,7 +173,8 @@ class AttentionLayer(nn.Module):
 
     def _decode(self, queries: dict, k: Tensor, v: Tensor, cache: KVCache, options: dict) -> Tensor:
         dtype, outs = cache.k.dtype, []
-        queries, k, v = queries | {"q": queries["q"].to(dtype)}, k.to(dtype), v.to(dtype)
+        queries = queries | {name: queries[name].to(dtype) for name in queries.keys() & {"q", "r"}}
+        k, v = k.to(dtype), v.to(dtype)
         for start in range(0, k.shape[2], MAX_DECODE_QUERIES):
             part = slice(start, start + MAX_DECODE_QUERIES)
             cache.append(k[:, :, part], v[:, :, part])

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lla_compile.attention import lla_attention, lla_attention_varlen
 from lla_compile.decode import lla_decode
+from lla_compile.parallax import parallax_attention, parallax_attention_varlen, parallax_decode
 
 
 class Operator(NamedTuple):
@@ -25,3 +26,4 @@ class Operator(NamedTuple):
 
 
 LLA = Operator(lla_attention, lla_attention_varlen, lla_decode)
+PARALLAX = Operator(parallax_attention, parallax_attention_varlen, parallax_decode)

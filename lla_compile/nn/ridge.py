@@ -13,6 +13,11 @@ from lla_compile.arguments import ridge_number
 SMALLEST = 1e-6
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x`` in float32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class FixedRidge(nn.Module):
     """One number for all heads and tokens, not learned and not in the state_dict."""
 
@@ -47,8 +52,8 @@ class HeadRidge(nn.Module):
         nn.init.constant_(self.log_ridge, math.log(self.initial))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ridges of tokens x (..., E): a view (..., Hq), float32."""
-        return self.log_ridge.float().exp().expand(*x.shape[:-1], -1)
+        """Ridges of tokens x (..., E): (..., Hq), at least float32."""
+        return at_least_float32(self.log_ridge).exp().expand(*x.shape[:-1], -1)
 
     def extra_repr(self) -> str:
         return f"{len(self.log_ridge)}, initial={self.initial:g}"
@@ -75,5 +80,5 @@ class TokenRidge(nn.Module):
         self.proj = nn.Linear(embed_dim, num_heads, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Ridges of tokens x (..., E): (..., Hq), float32, from 1e-6 to 1."""
-        return self.proj(x).float().sigmoid().clamp(min=SMALLEST)
+        """Ridges of tokens x (..., E): (..., Hq), at least float32, from 1e-6 to 1."""
+        return at_least_float32(self.proj(x)).sigmoid().clamp(min=SMALLEST)

@@ -21,8 +21,8 @@ def attend(
     """Causal attention of N queries, the last of the tokens in the slots of k and v.
 
     Up to 16 queries over a cache are decoded, unless a gradient is needed: over the cache's own buffers if no row is
-    padded, else over a copy that starts at the first token of each row. Padded and packed batches are attended as packed
-    sequences.
+    padded, else over a copy that starts at the first token of each row. Padded and packed batches are attended as
+    packed sequences.
 
     Args:
         operator: what to call.

@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache
 
 from lla_compile.integrations.transformers.attend import attend
 from lla_compile.integrations.transformers.interface import cu_seqlens_of, register_attention
-from lla_compile.nn import HeadRidge, LocalLinearAttention
+from lla_compile.nn import HeadRidge, LocalLinearAttention, ParallaxAttention
 from lla_compile.nn.layer import AttentionLayer, heads_first
+from lla_compile.nn.parallax import ProbeLinear
 
 # The masks that the layers take are made for the attention of this name, whatever it is that they call.
 _MASKS = "lla_compile"
@@ -72,23 +73,29 @@ class LlamaLocalLinearAttention(_LlamaInterface, LocalLinearAttention):
     """Local Linear Attention in the place of LlamaAttention."""
 
 
-_LAYERS: dict[str, type[AttentionLayer]] = {"lla": LlamaLocalLinearAttention}
-# Options of the configuration that a layer takes.
-_OPTIONS: dict[str, tuple[str, ...]] = {"lla": ("ridge", "initial_ridge", "cg_tol", "cg_max_iters")}
+class LlamaParallaxAttention(_LlamaInterface, ParallaxAttention):
+    """Parallax in the place of LlamaAttention."""
+
+
+# The layers by the configuration's names, and the options of the configuration that each takes beside the common ones.
+_LAYERS: dict[str, tuple[type[AttentionLayer], tuple[str, ...]]] = {
+    "lla": (LlamaLocalLinearAttention, ("ridge", "initial_ridge", "cg_tol", "cg_max_iters")),
+    "parallax": (LlamaParallaxAttention, ()),
+}
 
 
 def _make_layer(config: LocalLinearConfig, layer_idx: int) -> AttentionLayer:
     if config.attention_layer not in _LAYERS:
         raise ValueError(f"attention_layer must be one of {', '.join(_LAYERS)}, got {config.attention_layer!r}")
-    names = ("qk_norm", "learn_scale", "precision", *_OPTIONS[config.attention_layer])
-    layer = _LAYERS[config.attention_layer](
+    layer_class, own = _LAYERS[config.attention_layer]
+    layer = layer_class(
         config.hidden_size,
         config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         bias=config.attention_bias,
         norm_eps=config.rms_norm_eps,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in ("qk_norm", "learn_scale", "precision", *own)},
     )
     layer.layer_idx = layer_idx
     return layer
@@ -102,9 +109,13 @@ class _Pretrained:
     _can_record_outputs: ClassVar[dict] = {"hidden_states": LlamaModel._can_record_outputs["hidden_states"]}
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, HeadRidge):
+        if isinstance(module, ProbeLinear):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
+        elif isinstance(module, HeadRidge):
             init.constant_(module.log_ridge, math.log(module.initial))
+        else:
+            super()._init_weights(module)
 
 
 class LocalLinearModel(_Pretrained, LlamaModel):
@@ -121,8 +132,8 @@ class LocalLinearForCausalLM(_Pretrained, LlamaForCausalLM):
     """LlamaForCausalLM with layers of this package.
 
     Its parameters have the names of Llama's, so that ``from_pretrained`` takes a checkpoint of Llama and initialises
-    what is new. With ``attention_layer="parallax"``, or ``ridge="head"`` and a large ``initial_ridge``, it then computes
-    what the checkpoint did.
+    what is new. With ``attention_layer="parallax"``, or ``ridge="head"`` and a large ``initial_ridge``, it then
+    computes what the checkpoint did.
 
     Example:
         >>> import torch
