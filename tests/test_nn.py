@@ -149,6 +149,14 @@ def test_rotation_of_a_part_of_a_head():
     close(rotated, torch.cat((z.real, z.imag, x[..., 4:]), dim=-1), 1e-6)
 
 
+def test_frequencies_are_not_rounded(layer):
+    expected = layer.rotary(torch.arange(5000))
+    layer.to(torch.bfloat16)
+    assert layer.q_proj.weight.dtype == torch.bfloat16
+    for x, y in zip(layer.rotary(torch.arange(5000)), expected):
+        assert torch.equal(x, y)
+
+
 def test_every_parameter_gets_a_gradient(layer):
     layer(torch.randn(2, 9, 24)).square().mean().backward()
     for name, parameter in layer.named_parameters():
@@ -245,3 +253,15 @@ def test_wrong_arguments(layer):
         layer(x, cache=cache)
     with pytest.raises(ValueError, match="dim must be even and positive, got 3"):
         RotaryEmbedding(3)
+
+
+def test_parallax_is_that_of_flash_linear_attention():
+    fla = pytest.importorskip("fla.ops.parallax", reason="flash-linear-attention is not installed: pip install fla-core")
+    inputs = [torch.randn(2, 9, heads, 8, requires_grad=True) for heads in (4, 4, 2, 2)]
+    expected = fla.naive_parallax(*inputs)
+    actual = parallax_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
+    close(actual, expected, 1e-5)
+    grad_out = torch.randn_like(expected)
+    pairs = zip(*(torch.autograd.grad(out, inputs, grad_out) for out in (actual, expected)))
+    for own, theirs in pairs:
+        close(own, theirs, 1e-5)

@@ -55,6 +55,14 @@ class RotaryEmbedding(nn.Module):
             angles = torch.cat((angles, angles), dim=-1)
             return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
+    def _apply(self, fn, recurse: bool = True):
+        """Moved as the other modules, but kept in float32: rounded frequencies are wrong angles at large positions."""
+        kept = self.inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != kept.dtype:
+            self.inv_freq = kept.to(self.inv_freq.device)
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.dim}, base={self.base:g}"
 
