@@ -1,9 +1,9 @@
-"""How many iterations of conjugate gradients LLA needs: the recall of train_recall.py, trained and tested with T of them.
+"""How many iterations of conjugate gradients LLA needs: recall, trained and tested with at most T of them.
 
-A model for every T of ``--iterations`` 1, 3, 5, 10 and every kind of ridge: a number for all queries, or learned for each
-head and token as the sigmoid of a linear map ("token"). Conjugate gradients stops earlier where it has converged. Softmax
-attention, which is what T = 0 would give, is trained beside them. Models and batches are those of train_recall.py, with
-``lla_compile.nn.LocalLinearAttention`` for its attention.
+A model for every T of ``--iterations`` 1, 3, 5, 10 and every kind of ridge: a number for all queries, or learned for
+each head and token as the sigmoid of a linear map ("token"). Conjugate gradients stops earlier where it has converged.
+Softmax attention, which is what T = 0 would give, is trained beside them. Models and batches are those of
+train_recall.py, with ``lla_compile.nn.LocalLinearAttention`` for its attention.
 
 Writes cg_ablation.json and .png to --out.
 

@@ -1,8 +1,8 @@
 """Time and memory against the length: Local Linear Attention, Parallax and softmax attention, forward and backward.
 
-Times are medians of ``--repeats`` runs, forward alone and with backward, in milliseconds. Memory is what is kept for the
-backward pass beyond inputs and output, and on a GPU also the peak during both passes, in MiB. Causal, standard normal
-inputs: bfloat16 on a GPU, float32 on a CPU, where the eager backend runs. Ridge 1.
+Times are medians of ``--repeats`` runs, forward alone and with backward, in milliseconds. Memory is what is kept for
+the backward pass beyond inputs and output, and on a GPU also the peak during both passes, in MiB. Causal, standard
+normal inputs: bfloat16 on a GPU, float32 on a CPU, where the eager backend runs. Ridge 1.
 
 Writes memory_latency.json and .png to --out.
 

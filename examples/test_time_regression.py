@@ -9,7 +9,7 @@ segments. Segment s has its own region of keys and its own linear map:
 with m_s, z and the noise standard normal, A_s normal with variance 1 / dim, and U_s an orthonormal basis of ``--rank``
 dimensions, scaled so that U_s z has variance 1. Values have variance 1; the error is measured against those without
 noise. Keys have to tell which segment they are of: attention knows nothing else of it. With the full rank, 64, a
-segment of 64 pairs does not determine its map, even to who knows where it starts; by default the rank is half the width.
+segment of 64 pairs does not determine its map, even to who knows where it starts; by default the rank is half of that.
 
 Methods and what is chosen for each, on sequences of their own (``--validation``), by the mean error, for each segment
 size:

@@ -256,7 +256,7 @@ def test_wrong_arguments(layer):
 
 
 def test_parallax_is_that_of_flash_linear_attention():
-    fla = pytest.importorskip("fla.ops.parallax", reason="flash-linear-attention is not installed: pip install fla-core")
+    fla = pytest.importorskip("fla.ops.parallax", reason="flash-linear-attention is missing: pip install fla-core")
     inputs = [torch.randn(2, 9, heads, 8, requires_grad=True) for heads in (4, 4, 2, 2)]
     expected = fla.naive_parallax(*inputs)
     actual = parallax_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)

@@ -139,13 +139,14 @@ def test_a_long_piece_of_a_padded_prompt_after_another(model, cache):
 
 
 @torch.no_grad()
-def test_a_sliding_window_in_a_cache():
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_sliding_window_in_a_cache(cache):
     register_attention(ridge=0.3)
     config = MistralConfig(**SIZES, sliding_window=6)
     model = MistralForCausalLM._from_config(config, attn_implementation="lla").eval()
     ids = tokens(2, 30)
     expected = model(ids).logits
-    cache = DynamicCache(config=config)
+    cache = DynamicCache(config=config) if cache == "dynamic" else StaticCache(config, max_cache_len=64)
     for part in (slice(0, 9), *(slice(i, i + 1) for i in range(9, 30))):
         close(model(ids[:, part], past_key_values=cache).logits, expected[:, part])
 

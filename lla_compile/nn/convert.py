@@ -46,7 +46,8 @@ def from_softmax_attention(
         layer: :class:`LocalLinearAttention` or :class:`ParallaxAttention`.
         initial_ridge: of every head, for LocalLinearAttention.
         options: of the layer, in place of what is read from the module: ``is_causal``, ``rotary``, ``precision``,
-            ``backend``, ``learn_scale``, ... A MultiheadAttention is taken for not causal unless ``is_causal=True`` is given.
+            ``backend``, ``learn_scale``, ... A MultiheadAttention is taken for not causal unless ``is_causal=True`` is
+            given.
 
     Returns:
         The layer, in the dtype, on the device and in the mode (training or not) of the module. Its input and output

@@ -49,7 +49,7 @@ class AttentionLayer(nn.Module):
         if head_dim is None:
             if embed_dim % num_heads:
                 raise ValueError(
-                    f"embed_dim must be a multiple of num_heads if no head_dim is given, got {embed_dim} and {num_heads}"
+                    f"embed_dim must be a multiple of num_heads where head_dim is None, got {embed_dim} and {num_heads}"
                 )
             head_dim = embed_dim // num_heads
         if rotary is not None and rotary.dim > head_dim:
@@ -125,8 +125,7 @@ class AttentionLayer(nn.Module):
             (B, N, E) or (total, E), in the dtype of x under the usual rules of autocast.
 
         Raises:
-            TypeError, ValueError, NotImplementedError: shapes or options do not fit; ``lengths`` without an empty cache;
-                as the operator.
+            TypeError, ValueError, NotImplementedError: as the operator does, and if arguments do not go together.
         """
         self._check(x, cu_seqlens, cache, lengths)
         if position_ids is None and self.rotary is not None:
@@ -147,7 +146,7 @@ class AttentionLayer(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def new_cache(self, batch: int, capacity: int, *, page_size: int | None = None) -> KVCache:
-        """A cache of ``batch`` sequences of up to ``capacity`` tokens, in the dtype and on the device of the weights."""
+        """A cache of ``batch`` sequences of at most ``capacity`` tokens, of the dtype and on the device of the weights."""
         weight = self.k_proj.weight
         return KVCache(
             batch,
