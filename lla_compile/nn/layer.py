@@ -146,7 +146,7 @@ class AttentionLayer(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(-2))
 
     def new_cache(self, batch: int, capacity: int, *, page_size: int | None = None) -> KVCache:
-        """A cache of ``batch`` sequences of at most ``capacity`` tokens, of the dtype and on the device of the weights."""
+        """A cache of ``batch`` sequences of at most ``capacity`` tokens, of the weights' dtype and on their device."""
         weight = self.k_proj.weight
         return KVCache(
             batch,
