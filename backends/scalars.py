@@ -30,4 +30,6 @@ def scalars_of(inputs: Mapping[str, torch.Tensor | float]) -> Scalars:
         ridge, ridge_strides = 1.0, ridge_ptr.stride()
     if isinstance(scale, torch.Tensor):
         scale_ptr, scale = scale.to(torch.float32), 1.0
+    elif scale <= 0 and "ridge" not in inputs:  # kernels of operators that solve nothing take positive numbers
+        scale_ptr, scale = inputs["q"].new_full((), scale, dtype=torch.float32), 1.0
     return Scalars(ridge_ptr, ridge, ridge_strides, scale_ptr, scale)

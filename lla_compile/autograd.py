@@ -49,7 +49,7 @@ GRADIENTS = gradients("lla")
 class Arguments(NamedTuple):
     """The arguments of the registered operators. A schema has no "number or tensor", so ridge and scale are pairs.
 
-    An operator has those of them that mean something to it, see :func:`lla_compile.ops.argument_names`.
+    An operator has those of them that mean something to it, see :data:`lla_compile.ops.ARGUMENT_NAMES`.
     """
 
     q: torch.Tensor

@@ -20,7 +20,7 @@ from lla_compile.expr import Expr, Kind, dot, log2, row, scalar, tile, vector, w
 from lla_compile.sweeps import Accumulator, Assign, P, Score, Sweep, SweepList
 
 _ATTENTION_SCORE = Score("s", "q", "k")
-_GAMMA_SCORE = Score("gamma", "grad_out", "v")
+_H_SCORE = Score("h", "grad_out", "v", center="gbar", seeded=True)
 
 
 def _normalised(out: Expr) -> tuple[Assign, ...]:
@@ -88,8 +88,8 @@ def parallax_forward() -> SweepList:
 
 
 def softmax_backward() -> SweepList:
-    scores = (_ATTENTION_SCORE, _GAMMA_SCORE)
-    weights = (Assign("ds", P * (tile("gamma") - row("gbar"))),)
+    scores = (_ATTENTION_SCORE, _H_SCORE)
+    weights = (Assign("ds", P * tile("h")),)
     return SweepList(
         name="softmax_backward",
         stages=(
@@ -126,11 +126,10 @@ def softmax_backward() -> SweepList:
 
 
 def parallax_backward() -> SweepList:
-    scores = (_ATTENTION_SCORE, _GAMMA_SCORE, Score("a", "r", "k", center="probe_mean"))
+    # -c_j, as a product that starts at -(1 + r.kbar)
+    scores = (_ATTENTION_SCORE, _H_SCORE, Score("minus_c", "r", "k", center="factor_mean", seeded=True))
     weights = (
-        Assign("c", 1 - tile("a")),
-        Assign("h", tile("gamma") - row("gbar")),
-        Assign("ds", P * (tile("h") * tile("c") + row("shift"))),
+        Assign("ds", P * (row("shift") - tile("h") * tile("minus_c"))),
         Assign("ph", P * tile("h")),
     )
     return SweepList(
@@ -142,6 +141,7 @@ def parallax_backward() -> SweepList:
                 prologue=(
                     Assign("gbar", dot(vector("grad_out"), vector("value_mean"))),
                     Assign("shift", row("gbar") - dot(vector("grad_out"), vector("out"))),
+                    Assign("factor_mean", 1 + row("probe_mean")),
                 ),
                 scores=scores,
                 weights=weights,
@@ -155,7 +155,7 @@ def parallax_backward() -> SweepList:
                 scores=scores,
                 weights=weights,
                 accumulators=(
-                    Accumulator("dv", P * tile("c"), "grad_out"),
+                    Accumulator("dv", 0 - P * tile("minus_c"), "grad_out"),
                     Accumulator("dk", scalar("scale") * tile("ds"), "q"),
                     Accumulator("dk", 0 - tile("ph"), "r"),
                 ),

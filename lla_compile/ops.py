@@ -7,8 +7,6 @@ operators that solve nothing carry their names: ``lla_compile::parallax_forward`
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
 from lla_compile import arguments, autograd, decode_arguments, dispatch, storage
@@ -37,13 +35,16 @@ _NOT_DECODING = ("k", "v", "cu_seqlens_q", "cu_seqlens_k", "is_causal")
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
-@lru_cache(maxsize=None)
-def argument_names(op: str, decoding: bool = False) -> tuple[str, ...]:
-    """The flat arguments of an operator's registered functions, in order."""
+def _argument_names(op: str, decoding: bool) -> tuple[str, ...]:
     left_out = {*(_NOT_DECODING if decoding else _ONLY_DECODING), *(() if op in SOLVING_OPS else _ONLY_SOLVING)}
     if op != "parallax":
         left_out.add("r")
     return tuple(name for name in _SCHEMA if name not in left_out)
+
+
+# The flat arguments of each operator's registered functions, in order.
+ARGUMENT_NAMES = {op: _argument_names(op, decoding=False) for op in OPS}
+DECODE_ARGUMENT_NAMES = {op: _argument_names(op, decoding=True) for op in OPS}
 
 
 def _function(op: str, name: str) -> str:
@@ -66,7 +67,7 @@ def call(inputs: dispatch.Inputs, options: arguments.Options, return_info: bool,
     """The output, and what the solver did if ``return_info``, through the registered operators; traceable."""
     op = options.op
     fields = Arguments.of(inputs, options)
-    flat = [getattr(fields, name) for name in argument_names(op)]
+    flat = [getattr(fields, name) for name in ARGUMENT_NAMES[op]]
     if needs_grad:
         results = _registered(op, "forward_train")(*flat)
         return (results[0], *results[-len(INFO) :]) if return_info else (results[0],)
@@ -81,7 +82,7 @@ def call_decode(inputs: dispatch.DecodeInputs, options: arguments.Options, retur
     ridge, scale = autograd.number_or_tensor(inputs.ridge), autograd.number_or_tensor(inputs.scale)
     pairs = dict(zip(("ridge", "ridge_rows", "scale", "scale_value"), (*ridge, *scale)))
     fields = inputs._asdict() | options._asdict() | pairs
-    flat = [fields[name] for name in argument_names(op, decoding=True)]
+    flat = [fields[name] for name in DECODE_ARGUMENT_NAMES[op]]
     if return_info:
         out, *info = _registered(op, "decode_info")(*flat)
     else:
@@ -93,7 +94,7 @@ def call_decode(inputs: dispatch.DecodeInputs, options: arguments.Options, retur
 
 
 def _flat_arguments(op: str, flat: tuple) -> Arguments:
-    return Arguments(**dict(zip(argument_names(op), flat)), op=op)
+    return Arguments(**dict(zip(ARGUMENT_NAMES[op], flat)), op=op)
 
 
 def _allocated(phase: str, fields: Arguments, names: tuple[str, ...]) -> list[torch.Tensor]:
@@ -134,11 +135,11 @@ def _define_forward(op: str, function: str, names: tuple[str, ...]) -> None:
     def fake(*flat):
         return returned(_allocated("forward", _flat_arguments(op, flat), names))
 
-    _define(_function(op, function), f"({_schema(argument_names(op))}) -> {_returns(len(names))}", run, fake)
+    _define(_function(op, function), f"({_schema(ARGUMENT_NAMES[op])}) -> {_returns(len(names))}", run, fake)
 
 
 def _define_decode(op: str, function: str, names: tuple[str, ...]) -> None:
-    flat_names = argument_names(op, decoding=True)
+    flat_names = DECODE_ARGUMENT_NAMES[op]
 
     def returned(tensors):
         return tensors[0] if len(names) == 1 else tuple(tensors)
@@ -176,7 +177,7 @@ def _define_decode(op: str, function: str, names: tuple[str, ...]) -> None:
 
 def _define_backward(op: str) -> None:
     """``(arguments, grad_out, what the forward pass has left, names wanted)``: empty tensors for what is not wanted."""
-    count, kept, gradients = len(argument_names(op)), autograd.kept(op), autograd.gradients(op)
+    count, kept, gradients = len(ARGUMENT_NAMES[op]), autograd.kept(op), autograd.gradients(op)
 
     def split(flat: tuple) -> tuple[Arguments, torch.Tensor, dict, tuple[str, ...]]:
         rest = flat[count:]
@@ -194,12 +195,12 @@ def _define_backward(op: str) -> None:
         return all_of(fields, dict(zip(wanted, _allocated("backward", fields, wanted))))
 
     tensors = ", ".join(f"Tensor {name}" for name in ("grad_out", *kept))
-    schema = f"({_schema(argument_names(op))}, {tensors}, str[] wanted) -> {_returns(len(gradients))}"
+    schema = f"({_schema(ARGUMENT_NAMES[op])}, {tensors}, str[] wanted) -> {_returns(len(gradients))}"
     _define(_function(op, "backward"), schema, run, fake)
 
 
 def _bind_autograd(op: str) -> None:
-    names = argument_names(op)
+    names = ARGUMENT_NAMES[op]
     positions = {name: position for position, name in enumerate(names)}
 
     def setup(ctx, inputs, output):

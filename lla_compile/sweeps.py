@@ -29,6 +29,8 @@ class Score:
     side; ``center`` a ROW, the product of the same rounded vector with kbar: what is left stays small where key and
     kbar are close. ``wide`` says that the terms of the product cancel and asks for the widest type of the tier.
 
+    ``seeded`` has the product's sum start at -center: for centres that no more than the product itself cancels against.
+
     ``mean`` names a ROW that an "online" sweep keeps while it streams: the mean of the product under the weights so
     far. The score is relative to it, the tile's own products included, and what earlier tiles have left in the
     accumulators ``about`` others is moved along.
@@ -40,6 +42,7 @@ class Score:
     center: str | None = None
     wide: bool = False
     mean: str | None = None
+    seeded: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,12 @@ class SweepList:
         for sweep in self.sweeps:
             kinds |= sweep.writes()
         return kinds
+
+    @cached_property
+    def row_operands(self) -> tuple[str, ...]:
+        """The inputs that tile products take rows of; what is left is read once, row by row."""
+        used = {score.row for sweep in self.sweeps for score in sweep.scores}
+        return tuple(name for name in self.row_inputs if name in used)
 
     @cached_property
     def rounded(self) -> frozenset[str]:

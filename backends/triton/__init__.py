@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Mapping
 from lla_compile.backends import Binary
 from lla_compile.backends.triton import config as config_module
 from lla_compile.backends.triton import decode_config, resources
-from lla_compile.backends.triton.source import print_module
+from lla_compile.backends.triton.source import print_module, print_parts
 
 if TYPE_CHECKING:
     from lla_compile.backends import Executable
@@ -58,12 +58,18 @@ class TritonBackend:
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
         if config.schedule == "gram":
             return _hash_of_files("gram_kernels.py", "gram_launcher.py", "cache_primitives.py", "primitives.py")
+        if spec.phase == "decode" and not spec.solves:
+            return _hash_of_parts(spec.op, config.num_splits == 1)
         written = ("primitives.py", "cache_primitives.py" if spec.phase == "decode" else "packing.py")
-        return _hash_of_files(*written, printed=(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec)))
+        if not spec.solves:
+            written += ("mean_primitives.py",)
+        return _hash_of_files(*written, printed=(spec.op, spec.phase, config.schedule, resources.one_sum_a_sweep(spec, config)))
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         if config.schedule == "gram":
             from lla_compile.backends.triton.gram_launcher import precompile_gram as precompile
+        elif spec.phase == "decode" and not spec.solves:
+            from lla_compile.backends.triton.part_launcher import precompile_parts as precompile
         elif spec.phase == "decode":
             from lla_compile.backends.triton.stream_launcher import precompile_stream as precompile
         else:
@@ -79,6 +85,10 @@ class TritonBackend:
             absent = ordinary_absences(spec.page_size is not None)[-1]
             if config.schedule == "gram":
                 kernels = compile_gram(spec, config, device, absent=absent)
+            elif not spec.solves:
+                from lla_compile.backends.triton.part_launcher import compile_parts
+
+                kernels = compile_parts(spec, config, device, absent=absent)
             else:
                 kernels = [compile_stream(spec, config, device, absent=absent)]
         else:
@@ -90,6 +100,8 @@ class TritonBackend:
     def bind(self, plan: Plan) -> Executable:
         if plan.config.schedule == "gram":
             from lla_compile.backends.triton.gram_launcher import GramLauncher as Bound
+        elif plan.spec.phase == "decode" and not plan.spec.solves:
+            from lla_compile.backends.triton.part_launcher import PartLauncher as Bound
         elif plan.spec.phase == "decode":
             from lla_compile.backends.triton.stream_launcher import StreamLauncher as Bound
         else:
@@ -103,9 +115,16 @@ def _choices(spec: LLASpec):
 
 
 @lru_cache(maxsize=None)
-def _hash_of_files(*names: str, printed: tuple | None = None) -> str:
-    """Of what a plan compiles: what :func:`print_module` makes of ``printed``, and hand-written files beside it."""
-    text = print_module(*printed).text if printed else ""
+def _hash_of_parts(op: str, whole: bool) -> str:
+    """Of decoding in parts, or where the keys are one."""
+    text = print_module(op, "decode", "fused").text if whole else print_parts(op).text
+    return _hash_of_files("primitives.py", "cache_primitives.py", "mean_primitives.py", text=text)
+
+
+@lru_cache(maxsize=None)
+def _hash_of_files(*names: str, printed: tuple | None = None, text: str = "") -> str:
+    """Of what a plan compiles: what :func:`print_module` makes of ``printed``, or ``text``, and files beside it."""
+    text = print_module(*printed).text if printed else text
     written = text + "".join((Path(__file__).parent / name).read_text() for name in names)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
 

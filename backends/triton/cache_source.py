@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Iterable
 
-from lla_compile.backends.triton.kernel_source import CONSTEXPRS, RowKernelPrinter
+from lla_compile.backends.triton.kernel_source import RowKernelPrinter
 from lla_compile.backends.triton.sweep_source import SweepPrinter
 
 CACHE_HEADER = """\
@@ -55,7 +55,7 @@ class CachedRowKernelPrinter(RowKernelPrinter):
     A row's query number, which the mask looks at, is its place in its head. Nothing but outputs is stored.
     """
 
-    constexprs = (*CONSTEXPRS, "PAGE_SIZE")
+    own_constexprs = ("PAGE_SIZE",)
     sweep_printer = _CachedSweepPrinter
     rows_stop = "num_rows"
 

@@ -48,19 +48,40 @@ _KEYS_PREFERENCE = (
 _WIDE_KEYS_PREFERENCE = ((16, 64, 4, 2), *_KEYS_PREFERENCE)
 
 
+# Operators that solve nothing have no row state to park: their forward sweep has two accumulators and two scores, the
+# one of their backward pass that holds rows two and three. Rows of two warpgroups share a key tile.
+_MEAN_PREFERENCE = {
+    ("forward", False): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
+    ("forward", True): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
+    ("backward", False): ((64, 64, 4, 3),),
+    ("backward", True): ((64, 32, 4, 3),),
+}
+_SHARED_ROWS = ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))  # of heads past 128, whose accumulators need the warps
+_MEAN_KEYS_PREFERENCE = ((32, 64, 4, 3),)
+
+
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """The first preferred shape that the device can hold, `fused` before `split`."""
-    cg_max_iters = _CG_MAX_ITERS[spec.dtype]
-    if spec.head_dim > _MANY_DIMS:
-        cg_max_iters += cg_max_iters // 2
     wide = max(padded_width(spec.head_dim), padded_width(spec.head_dim_v)) >= _WIDE
     shapes = _WIDE_PREFERENCE if wide else _PREFERENCE
-    keys_shapes = (_WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE) if _holds_keys(spec) else ((None,) * 4,)
+    keys_shapes = _WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE
+    if not spec.solves:
+        shapes = (*_MEAN_PREFERENCE[spec.phase, wide], *shapes[:-1], *_SHARED_ROWS, shapes[-1])
+        keys_shapes = (*_MEAN_KEYS_PREFERENCE, *keys_shapes)
+    if not _holds_keys(spec):
+        keys_shapes = ((None,) * 4,)
     for schedule, keys_shape, shape in itertools.product(("fused", "split"), keys_shapes, shapes):
-        config = KernelConfig("triton", schedule, shape[0], shape[1], cg_max_iters, *shape[2:], *keys_shape)
+        config = KernelConfig("triton", schedule, shape[0], shape[1], _cg_max_iters(spec), *shape[2:], *keys_shape)
         if infeasible(spec, config, device) is None:
             break
     return config
+
+
+def _cg_max_iters(spec: LLASpec) -> int | None:
+    if not spec.solves:
+        return None
+    cg_max_iters = _CG_MAX_ITERS[spec.dtype]
+    return cg_max_iters + cg_max_iters // 2 if spec.head_dim > _MANY_DIMS else cg_max_iters
 
 
 def _holds_keys(spec: LLASpec) -> bool:
@@ -71,12 +92,13 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     """Values worth trying. Where a warp owns 16 rows by itself, smaller held tiles are an option."""
     warpgroups = 9.0 <= float(device.compute_capability or 0) < 12.0
     space = {
-        "schedule": ("fused", "split"),
+        # One sweep that holds rows is one launch either way.
+        "schedule": ("fused", "split") if spec.solves or _holds_keys(spec) else ("fused",),
         "block_q": (64, 128) if warpgroups else (16, 32, 64, 128),
         "block_k": (32, 64, 128),
         "num_warps": (4, 8) if warpgroups else (1, 2, 4, 8),
         "num_stages": (1, 2, 3, 4),
-        "cg_max_iters": (48, 64, 96) if spec.dtype == "float32" else (24, 32, 48),
+        "cg_max_iters": ((48, 64, 96) if spec.dtype == "float32" else (24, 32, 48)) if spec.solves else (None,),
     }
     if _holds_keys(spec):
         space |= {

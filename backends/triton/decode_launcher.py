@@ -73,7 +73,8 @@ class DecodeLauncher:
             **own,
         }
         aligned = all(x.data_ptr() % 16 == 0 for x in own.values() if isinstance(x, torch.Tensor))
-        for name, x in (("q", q), ("k", k), ("v", v), ("out", results["out"])):
+        tensors = {name: inputs[name] for name in (*program.row_inputs, *program.col_inputs)} | {"out": results["out"]}
+        for name, x in tensors.items():
             arguments[f"{name}_ptr"] = x
             strides = x.stride()[:3]
             aligned = aligned and x.data_ptr() % 16 == 0 and all(s % self._stride_elements == 0 for s in strides)

@@ -27,6 +27,12 @@ CONSTEXPRS = (
 )
 
 
+def constexprs(program: SweepList) -> tuple[str, ...]:
+    """The compile-time constants of a program's kernels: RIDGE_TENSOR is for those with a ridge."""
+    others = {"RIDGE_TENSOR"} - {f"{name.upper()}_TENSOR" for name in program.row_scalars}
+    return tuple(name for name in CONSTEXPRS if name not in others)
+
+
 def strided_outputs(program: SweepList) -> tuple[str, ...]:
     """The outputs whose layout is the caller's business; all other memory is dense, head by head."""
     return tuple(name for name, stored in program.outputs.items() if stored == "input")
@@ -35,14 +41,15 @@ def strided_outputs(program: SweepList) -> tuple[str, ...]:
 class _KernelPrinter:
     """One kernel; ``in_memory`` names what has a pointer beside the inputs."""
 
-    constexprs = CONSTEXPRS
     sweep_printer = SweepPrinter
+    own_constexprs: tuple[str, ...] = ()
 
     def __init__(self, program: SweepList, in_memory: set[str]):
         self.program = program
         self.in_memory = in_memory
         self.out = Lines()
         self.sweeps = self.sweep_printer(self.out, program)
+        self.constexprs = (*constexprs(program), *self.own_constexprs)
 
     def print(self, name: str, stages: tuple[Stage, ...], parameters: tuple[tuple[str, str], ...]) -> str:
         out = self.out
@@ -199,19 +206,20 @@ start, full_start, full_stop, stop = key_segments(
                 out.add(f"{name} = load_rows({name}_ptr + first_row, start_m, seqlen_q, {other}, BLOCK_Q, True)")
                 self.sweeps.narrow(name)
             elif name in program.rounded:
-                self._load_tile(f"{name}_high", f"{name}_ptr + first_row * HEAD_DIM")
+                self._load_tile(f"{name}_high", f"{name}_ptr + first_row * HEAD_DIM", name)
                 out.add(f"{name}_low = {name}_high")
                 out.open("if TERMS == 2:")
-                self._load_tile(f"{name}_low", f"{name}_ptr + (state_rows + first_row) * HEAD_DIM")
+                self._load_tile(f"{name}_low", f"{name}_ptr + (state_rows + first_row) * HEAD_DIM", name)
                 out.close()
                 out.add(f"{name} = joined({name}_high, {name}_low, TERMS)")
                 self.sweeps.in_terms.add(name)
             else:
-                self._load_tile(name, f"{name}_ptr + first_row * HEAD_DIM")
+                self._load_tile(name, f"{name}_ptr + first_row * {self.sweeps.width(name)[0]}", name)
             self.at_hand.add(name)
 
-    def _load_tile(self, name: str, base: str) -> None:
-        self.out.add(f"{name} = load_tile({base}, start_m, seqlen_q, HEAD_DIM, HEAD_DIM, BLOCK_Q, BLOCK_D, True)")
+    def _load_tile(self, variable: str, base: str, name: str) -> None:
+        width, block = self.sweeps.width(name)
+        self.out.add(f"{variable} = load_tile({base}, start_m, seqlen_q, {width}, {width}, BLOCK_Q, {block}, True)")
 
     def _store(self, name: str) -> None:
         out, program = self.out, self.program
@@ -226,7 +234,8 @@ start, full_start, full_stop, stop = key_segments(
         elif name in strided_outputs(program):
             self._store_strided(name)
         else:
-            self._store_tile(f"{name}_ptr + first_row * HEAD_DIM", name, name, "HEAD_DIM")
+            width = self.sweeps.width(name)[0]
+            self._store_tile(f"{name}_ptr + first_row * {width}", name, name, width)
 
     def _store_strided(self, name: str) -> None:
         base = f"{name}_ptr + batch * {name}_stride_b + head * {name}_stride_h + q_start * {name}_stride_n"

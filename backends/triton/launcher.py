@@ -9,12 +9,12 @@ import triton
 
 from lla_compile.backends.scalars import scalars_of
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
-from lla_compile.backends.triton.kernel_source import CONSTEXPRS, strided_outputs
+from lla_compile.backends.triton.kernel_source import strided_outputs
 from lla_compile.backends.triton.packing import max_tiles, tile_table
 from lla_compile.backends.triton.resources import one_sum_a_sweep, padded_width
 from lla_compile.backends.triton.source import Kernel, Module, print_module
 from lla_compile.lowering import lower
-from lla_compile.precision import is_wide, split_terms, weight_shift
+from lla_compile.precision import is_wide, weight_shift
 from lla_compile.storage import Layout, layout
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def constants(
         "WINDOWED": spec.window_size is not None,
         "PACKED": spec.num_sequences is not None,
         "GROUPED": spec.group_size > 1,
-        "TERMS": split_terms(spec.dtype, spec.precision),
+        "TERMS": spec.terms,
         "INPUT_PRECISION": _INPUT_PRECISION[spec.precision],
         "WIDE": is_wide(spec.dtype, spec.precision) and float(device.compute_capability or 0) < _NO_FLOAT64_PRODUCTS,
         "WEIGHT_SHIFT": weight_shift(spec.dtype),
@@ -87,7 +87,7 @@ def compile_variant(
                 module.parameters,
                 dtype=spec.dtype,
                 wide=is_wide(spec.dtype, spec.precision),
-                constants={name: values[name] for name in CONSTEXPRS},
+                constants={name: values[name] for name in module.constexprs},
                 absent=_absent(values),
                 aligned=aligned,
                 compute_capability=device.compute_capability,
@@ -100,7 +100,7 @@ def compile_variant(
 
 def module_of(spec: LLASpec, config: KernelConfig, wanted: tuple[str, ...] | None) -> Module:
     """What is printed for a plan; ``wanted`` None prints every output."""
-    return print_module(spec.op, spec.phase, config.schedule, one_sum_a_sweep(spec), wanted)
+    return print_module(spec.op, spec.phase, config.schedule, one_sum_a_sweep(spec, config), wanted)
 
 
 def config_of(kernel: Kernel, config: KernelConfig) -> KernelConfig:
@@ -169,10 +169,11 @@ class Launcher:
         tensors = {**inputs, **results} if not bound.state else {
             **inputs, **results, **{name: place.empty(q) for name, place in bound.state}
         }  # fmt: skip
+        numbers = (scale_ptr, scale, ridge_ptr, ridge, *ridge_strides) if spec.solves else (scale_ptr, scale)
         args = (
             *[tensors[name] for name in bound.pointers],
             *self._tables(inputs, bound),
-            *(scale_ptr, scale, ridge_ptr, ridge, *ridge_strides, *strides, *bound.tail),
+            *(*numbers, *strides, *bound.tail),
         )
         for launch in bound.launches:
             launch(*args)
@@ -252,7 +253,7 @@ class Launcher:
         for kernel, runner in zip(module.kernels, kernels):
             own = config_of(kernel, config)
             values = constants(spec, own, device, **kinds)
-            launch = _with_constants(runner[self._grid(kernel, own)], [values[name] for name in CONSTEXPRS])
+            launch = _with_constants(runner[self._grid(kernel, own)], [values[name] for name in module.constexprs])
             launches += [launch] * self._turns(kernel, module.program.refines, values["TERMS"])
         return launches
 

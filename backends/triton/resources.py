@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Iterator
 from lla_compile.backends.tiles import padded_width
 from lla_compile.expr import Kind
 from lla_compile.lowering import lower
-from lla_compile.precision import split_terms
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
@@ -34,8 +33,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-def one_sum_a_sweep(spec: LLASpec) -> bool:
-    """Whether heads are so wide that two accumulators of a key tile do not fit in registers together."""
+def one_sum_a_sweep(spec: LLASpec, config: KernelConfig) -> bool:
+    """Whether every sum over a key tile has a launch of its own.
+
+    So it is where heads are so wide that two accumulators do not fit in registers together; and in the schedule `split`
+    of operators that solve nothing, whose rows are one sweep anyway.
+    """
+    if config.schedule == "split" and not spec.solves:
+        return True
     return max(padded_width(spec.head_dim), padded_width(spec.head_dim_v)) > _WIDEST_PAIR
 
 
@@ -89,7 +94,7 @@ class _Tiles:
 
 
 def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig) -> _Tiles:
-    terms = split_terms(spec.dtype, spec.precision)
+    terms = spec.terms
 
     def width(name: str) -> int:
         return padded_width(spec.head_dim_v if name in program.value_wide else spec.head_dim)
@@ -118,7 +123,7 @@ def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig
     return _Tiles(
         held_block=config.block_q,
         streamed_block=config.block_k,
-        held=config.block_q * sum(width(name) for name in program.row_inputs),
+        held=config.block_q * sum(width(name) for name in program.row_operands),
         streamed=config.block_k * sum(width(name) for name in names & set(program.col_inputs)),
         streamed_numbers=0,
         computed=config.block_q * sum(width(name) for name in row_operands - given),
@@ -132,7 +137,7 @@ def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig
 def _sweeps(spec: LLASpec, config: KernelConfig) -> Iterator[tuple[_Tiles, KernelConfig]]:
     """What every sweep of the spec works with."""
     program = lower(spec.op, spec.phase)
-    if one_sum_a_sweep(spec):
+    if one_sum_a_sweep(spec, config):
         program = program.one_sum_a_sweep()
     for sweep in program.sweeps:
         own = config.holding_keys if sweep.holds == "keys" else config
@@ -142,7 +147,7 @@ def _sweeps(spec: LLASpec, config: KernelConfig) -> Iterator[tuple[_Tiles, Kerne
 def _placement(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> _Placement:
     capability = float(device.compute_capability)
     stages = max(config.num_stages, 1)
-    terms = split_terms(spec.dtype, spec.precision)
+    terms = spec.terms
     if (spec.dtype, spec.precision) == ("float32", "accurate"):
         terms = 3  # of a tf32x3 product
     split = config.schedule == "split"  # a split sweep loads its row operands instead of computing them
@@ -182,7 +187,7 @@ def shared_memory_bytes(spec: LLASpec, config: KernelConfig, device: DeviceInfo)
 
 
 def _shared(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> int:
-    placement, terms = _placement(spec, config, tiles, device), split_terms(spec.dtype, spec.precision)
+    placement, terms = _placement(spec, config, tiles, device), spec.terms
     if spec.dtype == "float32" and tiles.held_block < _MMA_ROWS * config.num_warps:
         terms += 1  # warps that share rows exchange weights once more to take them apart
     elements = tiles.held + placement.stages * tiles.streamed
@@ -203,7 +208,7 @@ def registers_per_thread(spec: LLASpec, config: KernelConfig, device: DeviceInfo
 
 
 def _registers(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> int:
-    placement, terms = _placement(spec, config, tiles, device), split_terms(spec.dtype, spec.precision)
+    placement, terms = _placement(spec, config, tiles, device), spec.terms
     elements = terms * (tiles.weights if tiles.computed or tiles.loaded else 0)
     if not placement.computed_copies:
         elements += terms * max(tiles.computed, tiles.loaded)
@@ -234,7 +239,9 @@ def infeasible_shared_rows(spec: LLASpec, config: KernelConfig, device: DeviceIn
 
 def _breaks(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceInfo) -> str | None:
     """The limit that one sweep breaks."""
-    if why := _rows_missing(config, tiles):
+    # Two accumulators of the widest heads leave room for so few rows that warps have to share them.
+    shared_rows = not spec.solves and tiles.width > _WIDEST_PAIR
+    if not shared_rows and (why := _rows_missing(config, tiles)):
         return why
     return _exceeds(spec, config, tiles, device)
 

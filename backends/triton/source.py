@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from lla_compile.backends.triton.cache_source import CACHE_HEADER, CachedRowKernelPrinter
 from lla_compile.backends.triton.kernel_source import KeyKernelPrinter, RowKernelPrinter, strided_outputs
+from lla_compile.backends.triton.part_source import PART_IMPORT, PART_PARAMETERS, MergeKernelPrinter, PartKernelPrinter
 from lla_compile.lowering import lower
 from lla_compile.sweeps import Loop, Stage, SweepList, sweep_of
 
@@ -40,6 +41,8 @@ from lla_compile.backends.triton.primitives import (
 )
 """
 
+_SEEDED_IMPORT = "from lla_compile.backends.triton.mean_primitives import seeded_product\n"
+
 # What kernels take beside tensors, strides and the solver's numbers: pointers, and counts. Decoding has its own.
 _POINTERS = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr", "row_tiles_ptr", "key_tiles_ptr")
 _COUNTS = (
@@ -49,6 +52,8 @@ _COUNTS = (
         "seqlen_q", "seqlen_k", "window", "num_sequences",
     )),
 )  # fmt: skip
+# What decoding in parts launches, in order.
+_PART_PRINTERS = {"part": PartKernelPrinter, "merge": MergeKernelPrinter}
 _CACHE_POINTERS = ("seqlens_ptr", "block_table_ptr")
 _CACHE_COUNTS = tuple(
     (name, "i32") for name in ("table_stride", "num_kv_heads", "group_size", "seqlen_q", "capacity", "window")
@@ -114,13 +119,30 @@ def print_module(
         sweep = sweep_of(stages[0])
         lone_loop = stages[0] if len(stages) == 1 and isinstance(stages[0], Loop) else None
         kernel = Kernel(_name(program, stages), sweep.holds, lone_loop)
-        printer = row_printer if sweep.holds == "rows" else KeyKernelPrinter
-        in_memory = {*state, *program.outputs, *program.given}
-        texts.append(printer(program, in_memory).print(kernel.name, stages, parameters))
+        printer = (row_printer if sweep.holds == "rows" else KeyKernelPrinter)(
+            program, {*state, *program.outputs, *program.given}
+        )
+        texts.append(printer.print(kernel.name, stages, parameters))
         kernels.append(kernel)
     header = CACHE_HEADER if cached else _HEADER
+    if any(score.seeded for sweep in program.sweeps for score in sweep.scores):
+        header += _SEEDED_IMPORT
     text = "\n\n".join([header, *texts])
-    return Module(text, program, tuple(kernels), parameters, row_printer.constexprs, state)
+    return Module(text, program, tuple(kernels), parameters, printer.constexprs, state)
+
+
+@lru_cache(maxsize=None)
+def print_parts(op: str) -> Module:
+    """The Triton module that decodes an operator of one sweep in parts: the pass and the merge."""
+    program = lower(op, "decode")
+    parameters = (*_parameters(program, (), cached=True), *PART_PARAMETERS)
+    texts, kernels = [], []
+    for name, printer_type in _PART_PRINTERS.items():
+        printer = printer_type(program, {*program.outputs})
+        kernels.append(Kernel(f"{program.name}_{name}", "rows", None))
+        texts.append(printer.print(kernels[-1].name, program.stages, parameters))
+    text = "\n\n".join([CACHE_HEADER + PART_IMPORT, *texts])
+    return Module(text, program, tuple(kernels), parameters, printer.constexprs, ())
 
 
 def _launches(program: SweepList, schedule: str) -> list[tuple[Stage, ...]]:

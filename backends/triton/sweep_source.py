@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Iterable
 
 from lla_compile.expr import Expr, to_source
-from lla_compile.sweeps import Assign, Score, Sweep, SweepList
+from lla_compile.sweeps import Accumulator, Assign, P, Score, Sweep, SweepList
 
 _TEMPLATES = {
     "add": "({0} + {1})",
@@ -122,7 +122,7 @@ class SweepPrinter:
             out.add("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
         for name in dict.fromkeys(a.name for a in sweep.accumulators):
             out.add(f"{name} = tl.zeros([{side.held_block}, {self.width(name)[1]}], tl.float32)")
-        for name in filter(None, (a.row_sum for a in sweep.accumulators)):
+        for name in filter(None, (*(a.row_sum for a in sweep.accumulators), *(s.mean for s in sweep.scores))):
             out.add(f"{name} = tl.zeros([{side.held_block}], tl.float32)")
 
     def stream_keys(self, sweep: Sweep) -> None:
@@ -138,6 +138,9 @@ class SweepPrinter:
                 self.terms(name)
         if sweep.softmax == "saved":
             out.add("lse_shifted = lse - WEIGHT_SHIFT")
+        if sweep.means():
+            # A number is positive (see the launcher): the maximum is taken of bare scores, and the exponent is one FMA.
+            out.add("factor = 1.0 if SCALE_TENSOR else scale_log2")
         self.start_sums(sweep)
         self.segments(sweep)
         for name in rounded_rows:
@@ -217,6 +220,9 @@ class SweepPrinter:
         else:
             columns = [score.col for score in sweep.scores] + [a.operand for a in sweep.accumulators]
             self.load_streamed_columns(dict.fromkeys(columns))
+        if sweep.means():
+            self._mean_tile(sweep, side)
+            return
         for score in sweep.scores:
             out.add(f"{score.name} = {self._score(score, sweep, side)}")
             if score is sweep.scores[0]:
@@ -229,14 +235,55 @@ class SweepPrinter:
                 weight = f"weight_{number}"
                 out.add(f"{weight} = {self._text(accumulator.weight, side.row)}")
                 self.terms(weight)
-            operand = self._operand(accumulator.operand)
-            out.add(
-                f"{accumulator.name} = accumulate({accumulator.name}, {weight}_high, {weight}_low, "
-                f"{operand[0]}, {operand[1]}, {self.term_count}, {operand[2]}, INPUT_PRECISION)"
-            )
+            self._accumulate(accumulator, weight)
             if accumulator.row_sum:
                 as_multiplied = f"{weight} if {self.term_count} == 2 else {weight}_high.to(tl.float32)"
                 out.add(f"{accumulator.row_sum} += tl.sum({as_multiplied}, axis=1)")
+
+    def _mean_tile(self, sweep: Sweep, side: Side) -> None:
+        """A tile of an "online" sweep whose scores are relative to running means.
+
+        All scores come first, so that their products run while the weights are formed, and all accumulators last.
+        """
+        out, attention = self.out, sweep.scores[0].name
+        for score in sweep.scores:
+            out.add(f"{score.name} = {self._score(score, sweep, side)}")
+        out.open("if SCALE_TENSOR:")
+        out.add(f"{attention} *= scale_log2")
+        out.close()
+        self._mask(side, attention)
+        out.add(f"new_max = tl.maximum(row_max, tl.max({attention}, axis=1) * factor)")
+        self._finite_max()
+        out.add(f"p = tl.exp2({attention} * factor - finite_max[:, None])")
+        out.add("rescale = tl.exp2(row_max - finite_max)")
+        out.add("row_max = new_max")
+        out.add("tile_sum = tl.sum(p, axis=1)")
+        out.add("row_sum = row_sum * rescale + tile_sum")
+        for accumulator in sweep.accumulators:
+            out.add(f"{accumulator.name} *= rescale[:, None]")
+        for score in filter(lambda score: score.mean, sweep.scores):
+            out.add(f"moved = tl.sum(p * {score.name}, axis=1) - tile_sum * {score.mean}")
+            out.add("moved = moved / tl.maximum(row_sum, 1e-30)  # a row without a key so far has no weight either")
+            out.add(f"{score.mean} += moved")
+            out.add(f"{score.name} -= {score.mean}[:, None]")
+            for accumulator in sweep.accumulators:
+                if accumulator.about and score.name in accumulator.weight.symbols():
+                    out.add(f"{accumulator.name} -= moved[:, None] * {accumulator.about}")
+        weights = []
+        for number, accumulator in enumerate(sweep.accumulators):
+            weights.append("p" if accumulator.weight == P else f"weight_{number}")
+            if accumulator.weight != P:
+                out.add(f"{weights[-1]} = {self._text(accumulator.weight, side.row)}")
+            self.terms(weights[-1])
+        for accumulator, weight in zip(sweep.accumulators, weights):
+            self._accumulate(accumulator, weight)
+
+    def _accumulate(self, accumulator: Accumulator, weight: str) -> None:
+        operand = self._operand(accumulator.operand)
+        self.out.add(
+            f"{accumulator.name} = accumulate({accumulator.name}, {weight}_high, {weight}_low, "
+            f"{operand[0]}, {operand[1]}, {self.term_count}, {operand[2]}, INPUT_PRECISION)"
+        )
 
     def _operand(self, name: str) -> tuple[str, str, str]:
         """(high term, low term, number of terms) of a tile product's operand."""
@@ -247,38 +294,55 @@ class SweepPrinter:
     def _score(self, score: Score, sweep: Sweep, side: Side) -> str:
         row, col = self._operand(score.row), self._operand(score.col)
         held, streamed = (row, col) if sweep.holds == "rows" else (col, row)
+        if score.seeded:
+            return f"seeded_product({side.row.format(score.center)}, {held[0]}, {streamed[0]}, INPUT_PRECISION)"
         operands = ", ".join((*held[:2], *streamed[:2], held[2], streamed[2]))
         value = f"score_product({operands}, INPUT_PRECISION, {'WIDE' if score.wide else 'False'})"
         if score.center:
             value += f" - {side.row.format(score.center)}"
         if score.wide:
             value = f"({value}).to(tl.float32)"
-        if score is sweep.scores[0]:
+        if score is sweep.scores[0] and not sweep.means():
             value = f"({value}) * scale_log2" if score.center else f"{value} * scale_log2"
         return value
 
     def _softmax_weights(self, sweep: Sweep, side: Side, score: str, online: bool) -> None:
         out = self.out
-        out.open("if segment != 1:")
-        out.add(f"mask = visible({side.mask}, seqlen_q, seqlen_k, window, CAUSAL, WINDOWED)")
-        out.add(f'{score} = tl.where(mask, {score}, float("-inf"))')
-        out.close()
         if not online:
+            self._mask(side, score)
             out.add(f"p = tl.exp2({score} - {side.row.format('lse_shifted')})")
             return
-        out.add(f"new_max = tl.maximum(row_max, tl.max({score}, axis=1))")
-        out.add("finite_max = new_max")
-        out.open("if segment != 1:")
-        out.add('finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)')
-        out.close()
-        out.add(f"p = tl.exp2({score} - finite_max[:, None])")
-        self.terms("p")
-        out.add("rescale = tl.exp2(row_max - finite_max)")
+        self._online_max(side, score)
         # The weights as the product sees them: the mean of keys that share an offset then keeps that offset.
         out.add("row_sum = row_sum * rescale + tl.sum(p if TERMS == 2 else p_high.to(tl.float32), axis=1)")
         for accumulator in sweep.accumulators:
             out.add(f"{accumulator.name} *= rescale[:, None]")
         out.add("row_max = new_max")
+
+    def _mask(self, side: Side, score: str) -> None:
+        out = self.out
+        out.open("if segment != 1:")
+        out.add(f"mask = visible({side.mask}, seqlen_q, seqlen_k, window, CAUSAL, WINDOWED)")
+        out.add(f'{score} = tl.where(mask, {score}, float("-inf"))')
+        out.close()
+
+    def _online_max(self, side: Side, score: str) -> None:
+        """The running maximum with this tile, the weights relative to it, and what that makes of earlier sums."""
+        out = self.out
+        self._mask(side, score)
+        out.add(f"new_max = tl.maximum(row_max, tl.max({score}, axis=1))")
+        self._finite_max()
+        out.add(f"p = tl.exp2({score} - finite_max[:, None])")
+        self.terms("p")
+        out.add("rescale = tl.exp2(row_max - finite_max)")
+
+    def _finite_max(self) -> None:
+        """What to subtract from the scores: not the maximum of a row that has seen no key."""
+        out = self.out
+        out.add("finite_max = new_max")
+        out.open("if segment != 1:")
+        out.add('finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)')
+        out.close()
 
     def _assign(self, assign: Assign) -> None:
         if assign.value.op == "rounded":
