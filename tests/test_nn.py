@@ -1,5 +1,8 @@
 """The layers: one forward for training, packed sequences, prompts and decoding; state_dicts; gradients."""
 
+import doctest
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -265,3 +268,9 @@ def test_parallax_is_that_of_flash_linear_attention():
     pairs = zip(*(torch.autograd.grad(out, inputs, grad_out) for out in (actual, expected)))
     for own, theirs in pairs:
         close(own, theirs, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["convert", "lla", "parallax", "rotary"])
+def test_docstrings(name):
+    results = doctest.testmod(importlib.import_module(f"lla_compile.nn.{name}"))
+    assert results.attempted and not results.failed

@@ -1,5 +1,8 @@
 """Local Linear Attention in transformers models: masks, caches, generation, checkpoints."""
 
+import doctest
+import importlib
+
 import pytest
 import torch
 
@@ -328,3 +331,9 @@ def test_errors():
         lla_mask(1, 4, 4, use_vmap=True)
     with pytest.raises(ValueError, match="attention_layer must be one of"):
         LocalLinearForCausalLM(LocalLinearConfig(**SIZES, attention_layer="mean"))
+
+
+@pytest.mark.parametrize("name", ["interface", "modeling"])
+def test_docstrings(name):
+    results = doctest.testmod(importlib.import_module(f"lla_compile.integrations.transformers.{name}"))
+    assert results.attempted and not results.failed
