@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from lla_compile.spec import LLASpec
+from lla_compile.spec import PRECISIONS, LLASpec
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def key_of(spec: LLASpec) -> TuningKey:
         dtype=spec.dtype,
         head_dim=spec.head_dim,
         head_dim_v=spec.head_dim_v,
-        precision=spec.precision,
+        # The tiers of what compiles to the same kernels are one.
+        precision=spec.precision if spec.solves or spec.dtype == "float32" else PRECISIONS[-1],
         causal=spec.is_causal,
         group=_nearest_power(spec.group_size * spec.seqlen_q) if spec.phase == "decode" else None,
     )

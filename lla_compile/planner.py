@@ -134,6 +134,7 @@ def tune_command(spec: LLASpec, device: DeviceInfo) -> str:
     heads = max(bucket.batch_heads, group or 1)  # rounding may leave fewer heads than a group has
     parts = [
         f"python -m lla_compile.tune --gpu {device.id}",
+        f"--op {spec.op}" if spec.op != "lla" else "",
         f"--phase {spec.phase} --dtype {spec.dtype} --head-dim {spec.head_dim}",
         f"--head-dim-v {spec.head_dim_v}" if spec.head_dim_v != spec.head_dim else "",
         f"--seqlen {bucket.seqlen} --batch-heads {heads} --precision {spec.precision}",

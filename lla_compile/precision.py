@@ -110,10 +110,12 @@ def round_operand(x: torch.Tensor, dtype: str, terms: int) -> torch.Tensor:
     return sum(others, first)
 
 
-def error_limit(dtype: str, precision: str, ridge: float, phase: str = "forward") -> float:
+def error_limit(dtype: str, precision: str, ridge: float | None, phase: str = "forward") -> float:
     """Largest allowed ``||x - reference|| / ||reference||``; inf where only a finite result is promised.
 
-    In phase "forward" ``x`` is the output, in "backward" each of the gradients.
+    In phase "forward" ``x`` is the output, in "backward" each of the gradients. An operator without a ridge, None, is
+    held to the limit of the largest.
     """
     kind = "16-bit" if dtype in ("float16", "bfloat16") else dtype
+    ridge = math.inf if ridge is None else ridge
     return next((limit for floor, limit in _ERROR_LIMITS[phase][kind, precision] if ridge >= floor), math.inf)

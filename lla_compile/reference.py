@@ -1,4 +1,4 @@
-"""Local Linear Attention in float64, dense and line by line as the equations: what every backend is checked against.
+"""The operators in float64, dense and line by line as the equations: what every backend is checked against.
 
 A direct solve (Cholesky), one head and a few queries at a time, on any device. Nothing here is fast.
 """
@@ -103,6 +103,73 @@ def lla_reference_backward(
     return dq, dk, dv, dridge, dscale
 
 
+def parallax_reference(
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    is_causal: bool = True,
+    window_size: int | None = None,
+) -> Tensor:
+    """Parallax (arXiv 2605.29157) in its uncentred form, with p = softmax(scale * q.k) over the visible keys::
+
+        o = sum_j p_j v_j (1 + sum_j p_j r.k_j) - sum_j p_j (r.k_j) v_j
+
+    Args:
+        r: probes (B, Hq, N, D); None gives softmax attention. The others, result and errors as in
+            :func:`lla_reference`.
+    """
+    outs = []
+    for head, _, rows, (queries, keys, values, scale_value, visible) in _chunks(q, k, v, scale, is_causal, window_size):
+        p = _weights(queries, keys, scale_value, visible)
+        out = p @ values
+        if r is not None:
+            weighted = p * (r[head][rows].double() @ keys.T)
+            out = out * (1 + weighted.sum(-1, keepdim=True)) - weighted @ values
+        outs.append(out)
+    shape = (*q.shape[:3], v.shape[-1])
+    return torch.cat(outs).reshape(shape) if outs else q.new_zeros(shape, dtype=torch.float64)
+
+
+def parallax_reference_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    r: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | Tensor | None = None,
+    is_causal: bool = True,
+    window_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of :func:`parallax_reference` by closed formulas: dq, dr (unless r is None), dk, dv and dscale."""
+    named = {"dq": q, "dr": r, "dk": k, "dv": v}
+    grads = {name: torch.zeros_like(x, dtype=torch.float64) for name, x in named.items() if x is not None}
+    grads["dscale"] = torch.zeros((), dtype=torch.float64, device=q.device)
+    for head, kv_head, rows, (queries, keys, values, scale_value, visible) in _chunks(
+        q, k, v, scale, is_causal, window_size
+    ):
+        g, probe = grad_out[head][rows].double(), None if r is None else r[head][rows].double()
+        p = _weights(queries, keys, scale_value, visible)
+        c = torch.ones_like(p)
+        if r is not None:
+            a = probe @ keys.T
+            c = 1 - a + (p * a).sum(-1, keepdim=True)
+        h = g @ values.T
+        h = h - (p * h).sum(-1, keepdim=True)
+        ds = p * (h * c - (p * h * c).sum(-1, keepdim=True))
+        grads["dq"][head][rows] = scale_value * ds @ keys
+        grads["dk"][kv_head] += scale_value * ds.T @ queries
+        grads["dv"][kv_head] += (p * c).T @ g
+        grads["dscale"] += (ds * (queries @ keys.T)).sum()
+        if r is not None:
+            grads["dr"][head][rows] = -(p * h) @ keys
+            grads["dk"][kv_head] -= (p * h).T @ probe
+    return grads
+
+
 def _centred(q, k, v, ridge, scale, visible):
     p = _weights(q, k, scale, visible)
     kbar = p @ k
@@ -186,6 +253,18 @@ def _by_rows(function, q, k, v, ridge, scale, is_causal, window_size):
 
 
 def _row_chunks(q, k, v, ridge, scale, is_causal, window_size):
+    """:func:`_chunks` with the ridge of each row among the arguments."""
+    if not isinstance(ridge, Tensor):
+        check_ridge(ridge)
+        ridge = torch.tensor(ridge, dtype=torch.float64, device=q.device)
+    elif not (ridge > 0).all():
+        raise ValueError(f"ridge must be positive, its smallest value is {ridge.min().item()}")
+    ridge = ridge.double().expand(q.shape[:3])
+    for head, kv_head, rows, (*tensors, scale_value, visible) in _chunks(q, k, v, scale, is_causal, window_size):
+        yield head, kv_head, rows, (*tensors, ridge[head][rows], scale_value, visible)
+
+
+def _chunks(q, k, v, scale, is_causal, window_size):
     """Yield (head, kv_head, rows, arguments): one head and a slice of its queries at a time, in order of memory."""
     batch, heads, seqlen_q, head_dim = q.shape
     kv_heads, seqlen_k = k.shape[1:3]
@@ -193,12 +272,6 @@ def _row_chunks(q, k, v, ridge, scale, is_causal, window_size):
         raise ValueError(f"query heads must be a multiple of key heads, got {heads} and {kv_heads}")
     if window_size is not None and not is_causal:
         raise ValueError("window_size needs is_causal=True")
-    if not isinstance(ridge, Tensor):
-        check_ridge(ridge)
-        ridge = torch.tensor(ridge, dtype=torch.float64, device=q.device)
-    elif not (ridge > 0).all():
-        raise ValueError(f"ridge must be positive, its smallest value is {ridge.min().item()}")
-    ridge = ridge.double().expand(batch, heads, seqlen_q)
     scale = head_dim**-0.5 if scale is None else scale
     i = torch.arange(seqlen_q, device=q.device)[:, None] + (seqlen_k - seqlen_q)
     j = torch.arange(seqlen_k, device=q.device)
@@ -216,5 +289,4 @@ def _row_chunks(q, k, v, ridge, scale, is_causal, window_size):
             keys, values = k[kv_head].double(), v[kv_head].double()
             for start in range(0, seqlen_q, chunk):
                 rows = slice(start, start + chunk)
-                args = (q[head][rows].double(), keys, values, ridge[head][rows], scale, visible[rows])
-                yield head, kv_head, rows, args
+                yield head, kv_head, rows, (q[head][rows].double(), keys, values, scale, visible[rows])

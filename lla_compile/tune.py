@@ -27,7 +27,7 @@ import torch
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo, identify, resolve
 from lla_compile.prediction.model import require_rates
-from lla_compile.spec import DTYPES, PHASES, PRECISIONS, LLASpec
+from lla_compile.spec import DTYPES, OPS, PHASES, PRECISIONS, SOLVING_OPS, LLASpec
 from lla_compile.tuner import fleet, verify
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.evaluate import synchronize
@@ -182,7 +182,7 @@ def _entries(args: argparse.Namespace, info: DeviceInfo) -> Sequence[Entry]:
         ValueError: there are none.
     """
     given = {
-        "phase": args.phase, "dtype": args.dtype, "head_dim": args.head_dim, "head_dim_v": args.head_dim_v,
+        "op": args.op, "phase": args.phase, "dtype": args.dtype, "head_dim": args.head_dim, "head_dim_v": args.head_dim_v,
         "seqlen": args.seqlen, "batch_heads": args.batch_heads, "group": args.group, "precision": args.precision,
         "backend": args.backend, "causal": None if args.causal is None else [args.causal],
     }  # fmt: skip
@@ -295,7 +295,7 @@ def _specs(args: argparse.Namespace, preset: Preset) -> list[LLASpec]:
     phases = args.phase or ["forward"]
     if args.group and "decode" not in phases:
         raise ValueError("--group is for --phase decode")
-    grids = [_grid(phase, args, preset) for phase in phases]
+    grids = [_grid(op, phase, args, preset) for op in args.op or ["lla"] for phase in phases]
     left_out = [f"--batch-heads {heads} is no multiple of --group {n}" for g in grids for heads, n in g.indivisible]
     specs = [spec for grid in grids for spec in grid.specs()]
     if not specs:
@@ -305,17 +305,20 @@ def _specs(args: argparse.Namespace, preset: Preset) -> list[LLASpec]:
     return specs
 
 
-def _grid(phase: str, args: argparse.Namespace, preset: Preset) -> Grid:
+def _grid(op: str, phase: str, args: argparse.Namespace, preset: Preset) -> Grid:
     """The preset's grid of a phase with the command line's values in place of its own."""
     decode = phase == "decode"
+    # Of operators that solve nothing only float32 has two tiers.
+    precisions = preset.precisions if op in SOLVING_OPS else preset.precisions[:1]
     return Grid(
+        op=op,
         phase=phase,
         dtypes=tuple(args.dtype or preset.dtypes),
         head_dims=tuple(args.head_dim or preset.head_dims),
         head_dims_v=tuple(args.head_dim_v or ()),
         seqlens=tuple(args.seqlen or (preset.decode_seqlens if decode else preset.seqlens)),
         batch_heads=tuple(args.batch_heads or (preset.decode_batch_heads if decode else preset.batch_heads)),
-        precisions=tuple(args.precision or preset.precisions),
+        precisions=tuple(args.precision or precisions),
         causal=(args.causal is not False,),
         groups=tuple(args.group or preset.groups),
     )
@@ -333,6 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto, a device id or an alias such as h200 (default: auto); times on one that is not here are predicted",
     )
+    parser.add_argument("--op", nargs="+", choices=OPS, help="default: lla; to verify, all")
     parser.add_argument("--phase", nargs="+", choices=PHASES, help="default: forward; to verify, all")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--head-dim", nargs="+", type=positive, metavar="D", help="width of query and key")

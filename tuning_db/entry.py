@@ -8,7 +8,7 @@ from typing import Mapping
 
 from lla_compile.key import Bucket, TuningKey, bucket_of
 from lla_compile.plans import KernelConfig
-from lla_compile.spec import LLASpec
+from lla_compile.spec import SOLVING_OPS, LLASpec
 
 PROVENANCES = ("measured", "predicted")
 
@@ -58,6 +58,9 @@ class Entry:
         object.__setattr__(self, "valid", ranges)
         for part in (self.key, self.tuned, self.config):
             _check_types(part)
+        capped = self.config.cg_max_iters is not None
+        if capped != (self.key.op in SOLVING_OPS):
+            raise ValueError(f"a plan of op {self.key.op} has {'no' if capped else 'a'} cg_max_iters")
 
     @property
     def slot(self) -> tuple[TuningKey, Bucket]:

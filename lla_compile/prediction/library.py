@@ -64,7 +64,7 @@ def identity_of(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str:
     The parts of a query are merged by a kernel for a power of two of them.
     """
     splits = config.num_splits and 1 << (config.num_splits - 1).bit_length()
-    own = short(replace(config, cg_max_iters=1, num_splits=splits)).replace(", 1 CG", "")
+    own = short(replace(config, cg_max_iters=None, num_splits=splits))
     key = replace(key_of(spec), group=None).describe()
     kinds = {
         "windowed": spec.window_size is not None,

@@ -12,7 +12,7 @@ from lla_compile.key import key_of
 from lla_compile.lowering import lower
 from lla_compile.masks import key_range
 from lla_compile.plans import KernelConfig
-from lla_compile.precision import split_terms, split_tol
+from lla_compile.precision import split_tol
 from lla_compile.spec import LLASpec
 from lla_compile.sweeps import Loop, Stage, SweepList, sweep_of
 
@@ -97,6 +97,8 @@ def workload(spec: LLASpec, config: KernelConfig) -> Workload:
         return _decoding(spec, config)
     program = lower(spec.op, spec.phase)
     program = program.wanting(program.ordinary)
+    if config.schedule == "split" and not spec.solves:
+        program = program.one_sum_a_sweep()
     launches: list[Launch] = []
     for kernel, stages in enumerate(_kernels(program, spec, config)):
         launches += _launches(kernel, stages, program, spec, config)
@@ -114,7 +116,7 @@ def _kernels(program: SweepList, spec: LLASpec, config: KernelConfig) -> list[tu
 
 def _is_left_out(stage: Stage, program: SweepList, spec: LLASpec) -> bool:
     """Whether a loop never turns: the coarse one does all where operands are one term anyway."""
-    one_term = split_terms(spec.dtype, spec.precision) == 1
+    one_term = spec.terms == 1
     return isinstance(stage, Loop) and not stage.coarse and program.refines and one_term
 
 
@@ -210,7 +212,7 @@ def _query_tiles(spec: LLASpec, block_q: int, block_k: int) -> tuple[np.ndarray,
 def _flops(program: SweepList, stage: Stage, spec: LLASpec, config: KernelConfig) -> float:
     """Of the tile products of one turn of a block, with the terms that computed operands are split in."""
     sweep = sweep_of(stage)
-    terms = split_terms(spec.dtype, spec.precision)
+    terms = spec.terms
     if isinstance(stage, Loop) and stage.coarse:
         terms = 1
 
@@ -239,6 +241,8 @@ def _decoding(spec: LLASpec, config: KernelConfig) -> Workload:
         return Workload(_gram(spec, config, keys), cache)
     rows = key_of(spec).group
     tiles = -(-rows // config.block_q)
+    if not spec.solves:
+        return Workload(_parts(spec, config, keys, tiles), cache)
     total = iterations(keys, spec.head_dim, RIDGE, spec.cg_tol)
     program = lower(spec.op, spec.phase)
     program = program.wanting(program.ordinary)
@@ -253,6 +257,20 @@ def _decoding(spec: LLASpec, config: KernelConfig) -> Workload:
         flops = _flops(program, stage, spec, config)
         passes.append(Pass(turns * times, masked * times, times, flops, config.block_q, spec.head_dim))
     return Workload((Launch(0, spec.batch * spec.num_kv_heads * tiles, tuple(passes)),), cache * (3 + total))
+
+
+def _parts(spec: LLASpec, config: KernelConfig, keys: int, tiles: int) -> tuple[Launch, ...]:
+    """One pass over each part of the keys, and the merge of what several leave."""
+    program = lower(spec.op, spec.phase)
+    (sweep,) = program.sweeps
+    part = -(-keys // config.num_splits)
+    turns, masked = np.array([part // config.block_k], dtype=float), np.array([float(part % config.block_k > 0)])
+    flops = _flops(program, sweep, spec, config)
+    attend = Pass(turns, masked, np.ones(1), flops, config.block_q, spec.head_dim)
+    queries = spec.batch * spec.num_heads * spec.seqlen_q
+    left = 4 * queries * config.num_splits * len(sweep.accumulators) * spec.head_dim_v * (config.num_splits > 1)
+    launches = [Launch(0, spec.batch * spec.num_kv_heads * tiles * config.num_splits, (attend,), bytes=left)]
+    return (*launches, Launch(1, queries, bytes=left)) if config.num_splits > 1 else tuple(launches)
 
 
 def _gram(spec: LLASpec, config: KernelConfig, keys: int) -> tuple[Launch, ...]:

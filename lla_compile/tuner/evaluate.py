@@ -45,7 +45,8 @@ class Evaluator:
         self._timer = timer or timer_for(problem.torch_device, problem.device)
         self._timed = Case(problem.spec, problem.torch_device, "timed", self._bind_forward)
         self._held_out = held_out(problem, self._bind_forward, preset.error_seqlen, preset.error_heads)
-        self._ridges = preset.error_ridges_of(problem.spec.phase)
+        self._ridges = preset.error_ridges_of(problem.spec)
+        self._timed_ridge = TIMED_RIDGE if problem.spec.solves else None
         self._warm = False
 
     def specs(self) -> tuple[LLASpec, ...]:
@@ -79,7 +80,7 @@ class Evaluator:
     def iterations(self, config: KernelConfig) -> float:
         """The mean number of CG iterations in what is timed."""
         executable = self._bind(self._problem.spec, config)
-        results = executable(_inputs(self._timed, TIMED_RIDGE, executable), ("out", "iterations"))
+        results = executable(_inputs(self._timed, self._timed_ridge, executable), ("out", "iterations"))
         return results["iterations"].float().mean().item()
 
     def _outcome(self, attempt: Callable[[], Outcome]) -> Outcome:
@@ -111,7 +112,7 @@ class Evaluator:
 
     def _prepare(self) -> None:
         """Make what all configurations share, so that none of them is blamed for it."""
-        self._timed.inputs(TIMED_RIDGE)
+        self._timed.inputs(self._timed_ridge)
         for case, ridge in itertools.product(self._held_out, self._ridges):
             case.reference(ridge)
 
@@ -123,7 +124,7 @@ class Evaluator:
             for ridge in self._ridges:
                 name, error = case.worst(executable(_inputs(case, ridge, executable), wanted), ridge)
                 limit = case.limit(ridge)
-                where = f"N {case.spec.seqlen_k}, ridge {ridge:g}"
+                where = f"N {case.spec.seqlen_k}" + ("" if ridge is None else f", ridge {ridge:g}")
                 if not math.isfinite(error):
                     return Outcome(Kind.WRONG, f"{name} is not finite ({where})", error_limit=limit)
                 if error > limit:
@@ -143,7 +144,7 @@ class Evaluator:
 
     def _launch(self, config: KernelConfig) -> Launch:
         executable = self._bind(self._problem.spec, config)
-        inputs, wanted = _inputs(self._timed, TIMED_RIDGE, executable), self._timed.ordinary
+        inputs, wanted = _inputs(self._timed, self._timed_ridge, executable), self._timed.ordinary
         return lambda: executable(inputs, wanted)
 
     def _require_device(self, outcome: Outcome) -> None:
@@ -156,7 +157,7 @@ class Evaluator:
             raise DeviceLost(outcome.message or one_line(error)) from error
 
 
-def _inputs(case: Case, ridge: float, executable: Executable) -> dict[str, object]:
+def _inputs(case: Case, ridge: float | None, executable: Executable) -> dict[str, object]:
     """What an executable is called with.
 
     A decoding step gets its output and workspace from the caller, as a server gives them; they are filled with NaN, so

@@ -26,6 +26,7 @@ class Grid:
     precisions: tuple[str, ...]
     causal: tuple[bool, ...]
     groups: tuple[int, ...]
+    op: str = "lla"
 
     @property
     def indivisible(self) -> list[tuple[int, int]]:
@@ -47,7 +48,7 @@ class Grid:
         specs = []
         for dtype, causal, head_dim, head_dim_v, precision, group, seqlen, heads in combinations:
             sizes = dtype, head_dim, seqlen, heads, head_dim_v
-            fields = {"is_causal": causal, "precision": precision}
+            fields = {"op": self.op, "is_causal": causal, "precision": precision}
             if self.phase != "decode":
                 specs.append(LLASpec.self_attention(*sizes, phase=self.phase, **fields))
             elif heads % group == 0:

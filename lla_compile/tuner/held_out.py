@@ -10,9 +10,14 @@ from typing import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lla_compile.autograd import GRADIENTS
+from lla_compile.autograd import gradients
 from lla_compile.precision import error_limit
-from lla_compile.reference import lla_reference, lla_reference_backward
+from lla_compile.reference import (
+    lla_reference,
+    lla_reference_backward,
+    parallax_reference,
+    parallax_reference_backward,
+)
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.errors import relative_error, relative_errors
 from lla_compile.tuner.problem import BindForward, Case, Problem
@@ -32,19 +37,19 @@ class HeldOut(Case):
     @property
     def checked(self) -> tuple[str, ...]:
         """The outputs that have a reference."""
-        return GRADIENTS if self.spec.phase == "backward" else ("out",)
+        return gradients(self.spec.op) if self.spec.phase == "backward" else ("out",)
 
-    def reference(self, ridge: float) -> dict[str, Tensor]:
+    def reference(self, ridge: float | None) -> dict[str, Tensor]:
         """What ``checked`` should be, in float64; of dscale the sum over the rows. Computed once for each ridge."""
         if ridge not in self._references:
             self._references[ridge] = _reference(self.spec, self.inputs(ridge), self.seqlens)
         return self._references[ridge]
 
-    def limit(self, ridge: float) -> float:
+    def limit(self, ridge: float | None) -> float:
         """What no error may exceed."""
         return error_limit(self.spec.dtype, self.spec.precision, ridge, self.spec.phase)
 
-    def errors(self, outputs: Mapping[str, Tensor], ridge: float) -> dict[str, float]:
+    def errors(self, outputs: Mapping[str, Tensor], ridge: float | None) -> dict[str, float]:
         """:func:`relative_error` of every output; where lengths differ, of that of every sequence."""
         references = self.reference(ridge)
         if self.seqlens is None:
@@ -55,13 +60,13 @@ class HeldOut(Case):
             for sequence, length in enumerate(self.seqlens)
         }
 
-    def worst(self, outputs: Mapping[str, Tensor], ridge: float) -> tuple[str, float]:
+    def worst(self, outputs: Mapping[str, Tensor], ridge: float | None) -> tuple[str, float]:
         """The output with the largest error, one that is not finite before all others, and its error."""
         errors = self.errors(outputs, ridge)
         return max(errors.items(), key=lambda item: item[1] if math.isfinite(item[1]) else math.inf)
 
     @cached_property
-    def _references(self) -> dict[float, dict[str, Tensor]]:
+    def _references(self) -> dict[float | None, dict[str, Tensor]]:
         return {}
 
 
@@ -94,12 +99,20 @@ def _caches(spec: LLASpec, seqlen: int, heads: int) -> Iterator[tuple[LLASpec, t
 
 
 def _reference(spec: LLASpec, inputs: Mapping, seqlens: tuple[int, ...] | None) -> dict[str, Tensor]:
-    q, k, v, ridge = (inputs[name] for name in ("q", "k", "v", "ridge"))
-    options = {"scale": inputs["scale"], "is_causal": spec.is_causal, "window_size": spec.window_size}
+    q, k, v = (inputs[name] for name in "qkv")
     if seqlens is not None:
-        sequences = zip(q, k, v, seqlens)
-        outs = [lla_reference(q[None], k[None, :, :n], v[None, :, :n], ridge, **options) for q, k, v, n in sequences]
-        return {"out": torch.cat(outs)}
-    if spec.phase != "backward":
-        return {"out": lla_reference(q, k, v, ridge, **options)}
-    return dict(zip(GRADIENTS, lla_reference_backward(inputs["grad_out"], q, k, v, ridge, **options)))
+        rows = [{name: x[i : i + 1] for name, x in inputs.items() if name in ("q", "r")} for i in range(len(seqlens))]
+        parts = [inputs | row | {"k": k[i : i + 1, :, :n], "v": v[i : i + 1, :, :n]}
+                 for i, (row, n) in enumerate(zip(rows, seqlens))]  # fmt: skip
+        return {"out": torch.cat([_reference(spec, part, None)["out"] for part in parts])}
+    options = {"scale": inputs["scale"], "is_causal": spec.is_causal, "window_size": spec.window_size}
+    backward = spec.phase == "backward"
+    if not spec.solves:
+        tensors = q, inputs.get("r"), k, v
+        if backward:
+            return parallax_reference_backward(inputs["grad_out"], *tensors, **options)
+        return {"out": parallax_reference(*tensors, **options)}
+    tensors = q, k, v, inputs["ridge"]
+    if backward:
+        return dict(zip(gradients(spec.op), lla_reference_backward(inputs["grad_out"], *tensors, **options)))
+    return {"out": lla_reference(*tensors, **options)}

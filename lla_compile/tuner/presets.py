@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lla_compile.spec import LLASpec
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,11 @@ class Preset:
     decode_error_ridges: tuple[float, ...] = (1.0, 0.1, 0.01)
     lookahead: int = 8
 
-    def error_ridges_of(self, phase: str) -> tuple[float, ...]:
-        return self.decode_error_ridges if phase == "decode" else self.error_ridges
+    def error_ridges_of(self, spec: LLASpec) -> tuple[float | None, ...]:
+        """The ridges of a spec's checks; (None,) where it has no ridge."""
+        if not spec.solves:
+            return (None,)
+        return self.decode_error_ridges if spec.phase == "decode" else self.error_ridges
 
 
 _GPU_FULL = Preset(

@@ -10,9 +10,10 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from lla_compile.autograd import kept, saved
 from lla_compile.backends import Executable
 from lla_compile.devices import DeviceInfo
-from lla_compile.lowering import SAVED, lower
+from lla_compile.lowering import lower
 from lla_compile.spec import LLASpec
 
 # Binds the forward pass that a backward pass belongs to.
@@ -57,16 +58,19 @@ class Case:
         """The outputs of an ordinary call."""
         return lower(self.spec.op, self.spec.phase).ordinary
 
-    def inputs(self, ridge: float) -> dict[str, Tensor | float | None]:
-        """All that an executable of the spec reads, by name."""
-        inputs = self._tensors | {"ridge": ridge, "scale": self.spec.head_dim**-0.5}
+    def inputs(self, ridge: float | None) -> dict[str, Tensor | float | None]:
+        """All that an executable of the spec reads, by name; ``ridge`` is None where the operator has none."""
+        inputs = self._tensors | {"scale": self.spec.head_dim**-0.5}
+        if ridge is not None:
+            inputs["ridge"] = ridge
         if self.spec.phase != "backward":
             return inputs
         if ridge not in self._saved:
             # Solved to the tolerance of its own phase, as in a call that names none.
             forward = self.bind_forward(replace(self.spec, phase="forward", cg_tol=None))
-            results = forward({name: x for name, x in inputs.items() if name != "grad_out"}, ("out", *SAVED))
-            self._saved[ridge] = {name: results[name] for name in SAVED}
+            inputs_of_forward = {name: x for name, x in inputs.items() if name != "grad_out"}
+            results = forward(inputs_of_forward, ("out", *saved(self.spec.op)))
+            self._saved[ridge] = {name: results[name] for name in kept(self.spec.op)}
         return inputs | self._saved[ridge]
 
     @cached_property
@@ -82,14 +86,15 @@ class Case:
         return tensors | {"seqlens": torch.tensor(self.seqlens, dtype=torch.int32, device=self.torch_device)}
 
     @cached_property
-    def _saved(self) -> dict[float, dict[str, Tensor]]:
+    def _saved(self) -> dict[float | None, dict[str, Tensor]]:
         return {}
 
 
 def normal_tensors(spec: LLASpec, device: torch.device, purpose: str) -> dict[str, Tensor]:
-    """Query, key, value and in phase "backward" the gradient of the output, by name.
+    """Query, key, value, a given probe, and in phase "backward" the gradient of the output, by name.
 
-    Standard normal, and the same in every run for the same spec and purpose.
+    Standard normal, and the same in every run for the same spec and purpose; a probe is such that its products with keys
+    are.
     """
     digest = hashlib.sha256(f"{purpose}: {spec.describe()}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "little"))
@@ -99,9 +104,14 @@ def normal_tensors(spec: LLASpec, device: torch.device, purpose: str) -> dict[st
         "k": (spec.num_kv_heads, spec.seqlen_k, spec.head_dim),
         "v": (spec.num_kv_heads, spec.seqlen_k, spec.head_dim_v),
     }
+    if spec.op == "parallax":
+        shapes["r"] = shapes["q"]
     if spec.phase == "backward":
         shapes["grad_out"] = (spec.num_heads, spec.seqlen_q, spec.head_dim_v)
-    return {
-        name: torch.randn((spec.batch, *shape), generator=generator, device=device, dtype=torch.float32).to(dtype)
+    tensors = {
+        name: torch.randn((spec.batch, *shape), generator=generator, device=device, dtype=torch.float32)
         for name, shape in shapes.items()
     }
+    if "r" in tensors:
+        tensors["r"] *= spec.head_dim**-0.5
+    return {name: x.to(dtype) for name, x in tensors.items()}

@@ -278,7 +278,7 @@ class Search:
 
     def _fastest_streaming(self) -> KernelConfig | None:
         """Of decoding's configurations that iterate over the cache: what calls with few iterations may prefer."""
-        if self._space.spec.phase != "decode":
+        if self._space.spec.phase != "decode" or not self._space.spec.solves:
             return None
         streaming = (r.config for r in ranked(self._records) if r.config.schedule in STREAMING_SCHEDULES)
         return next(streaming, None)

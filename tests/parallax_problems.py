@@ -1,0 +1,61 @@
+"""Inputs and float64 references for tests of Parallax and softmax attention."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lla_compile.reference import parallax_reference, parallax_reference_backward
+
+GRADIENTS = ("dq", "dr", "dk", "dv")
+SHAPES = [
+    dict(seqlen_q=70),
+    dict(seqlen_q=33, seqlen_k=50, window_size=7),
+    dict(seqlen_q=50, seqlen_k=33),
+    dict(batch=2, heads=4, kv_heads=2, seqlen_q=20, head_dim=24, head_dim_v=16),
+    dict(seqlen_q=40, seqlen_k=61, is_causal=False),
+    dict(seqlen_q=1, seqlen_k=45),
+]
+
+
+@dataclass(frozen=True)
+class ParallaxProblem:
+    """Tensors of a call in the order of parallax_attention, and its mask."""
+
+    tensors: tuple[torch.Tensor, ...]
+    grad_out: torch.Tensor
+    options: dict
+
+    def reference(self, scale=None) -> torch.Tensor:
+        return parallax_reference(*self.tensors, scale=scale, **self.options)
+
+    def reference_gradients(self) -> dict[str, torch.Tensor]:
+        return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [x.detach().clone().requires_grad_() for x in self.tensors]
+
+
+def make_parallax_problem(
+    seqlen_q, seqlen_k=None, batch=1, heads=2, kv_heads=None, head_dim=16, head_dim_v=None, dtype=torch.float32,
+    device="cpu", probe=0.5, offset=0.0, **options,
+) -> ParallaxProblem:  # fmt: skip
+    """Standard normal, with products r.k of size ``probe`` beside what an ``offset`` that all keys share adds."""
+    generator = torch.Generator(device).manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float64)
+
+    seqlen_k, kv_heads, head_dim_v = seqlen_k or seqlen_q, kv_heads or heads, head_dim_v or head_dim
+    q, r = normal(batch, heads, seqlen_q, head_dim), normal(batch, heads, seqlen_q, head_dim)
+    k = normal(batch, kv_heads, seqlen_k, head_dim) + offset * normal(batch, kv_heads, 1, head_dim)
+    v = normal(batch, kv_heads, seqlen_k, head_dim_v)
+    grad_out = normal(batch, heads, seqlen_q, head_dim_v)
+    tensors = tuple(x.to(dtype) for x in (q, r * probe / head_dim**0.5, k, v))
+    return ParallaxProblem(tensors, grad_out.to(dtype), options)
+
+
+def gradients(problem: ParallaxProblem, attend) -> dict[str, torch.Tensor]:
+    """Of ``attend(q, r, k, v, **mask)``."""
+    leaves = problem.leaves()
+    out = attend(*leaves, **problem.options)
+    return dict(zip(GRADIENTS, torch.autograd.grad(out, leaves, problem.grad_out)))
