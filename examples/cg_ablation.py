@@ -7,7 +7,7 @@ train_recall.py, with ``lla_compile.nn.LocalLinearAttention`` for its attention.
 
 Writes cg_ablation.json and .png to --out.
 
-    python examples/cg_ablation.py            # a quarter of an hour on two CPU cores
+    python examples/cg_ablation.py            # half an hour on a busy CPU
     python examples/cg_ablation.py --quick    # seconds: too short to learn the task
 """
 
