@@ -119,13 +119,19 @@ def evaluate(model: nn.Module, pairs: int, options: argparse.Namespace) -> tuple
     return loss, (logits.argmax(-1) == targets).sum(), (targets != UNASKED).sum()
 
 
-def train(kind: str, options: argparse.Namespace, advance: Callable[[str], None]) -> dict:
+def train(
+    kind: str,
+    options: argparse.Namespace,
+    advance: Callable[[str], None],
+    make_model: Callable[[argparse.Namespace, str], nn.Module] = Recall,
+) -> dict:
     """Train one model.
 
     Args:
         kind: its attention.
         options: of the command line.
         advance: called after every step with what the progress bar says.
+        make_model: makes it of ``options`` and ``kind``.
 
     Returns:
         What was recorded: ``step``, ``loss`` and ``accuracy`` over the steps since the last record, ``seconds``,
@@ -134,7 +140,7 @@ def train(kind: str, options: argparse.Namespace, advance: Callable[[str], None]
     """
     options.generator = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)
-    model = Recall(options, kind).to(options.device)
+    model = make_model(options, kind).to(options.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
     warm_up = max(1, options.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(

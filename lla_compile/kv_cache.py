@@ -29,6 +29,7 @@ class KVCache:
         k, v: (B, Hkv, M, D) and (B, Hkv, M, Dv), or (pages, page_size, Hkv, D) and (pages, page_size, Hkv, Dv).
         seqlens: keys of each sequence, int32 (B,).
         block_table: the pages of each sequence, int32 (B, pages of a sequence); None if the cache is dense.
+        is_empty: whether nothing was appended since it was made or reset.
 
     Raises:
         ValueError: ``capacity`` is not a multiple of ``page_size``.
@@ -75,6 +76,7 @@ class KVCache:
         self._stores = [torch.zeros(*shape, width, dtype=dtype, device=device) for width in widths]
         self.k, self.v = (x[:, :, :capacity] if page_size is None else x for x in self._stores)
         self._least_lengths = torch.zeros(batch, dtype=torch.int64)  # what the host knows of seqlens
+        self.is_empty = True
 
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Append new keys and values to every sequence, each at its own end.
@@ -97,6 +99,7 @@ class KVCache:
         if v.shape[2] != count:
             raise ValueError(f"k and v must have the same number of tokens, got {count} and {v.shape[2]}")
         self._count(count, lengths)
+        self.is_empty = False
         steps = torch.arange(count, device=self.seqlens.device)
         slots = self.seqlens.long()[:, None] + steps
         fits = slots < self.capacity
@@ -113,6 +116,7 @@ class KVCache:
         """Forget all keys and values."""
         self.seqlens.zero_()
         self._least_lengths.zero_()
+        self.is_empty = True
 
     def _write(self, x: Tensor, store: Tensor, slots: Tensor, fits: Tensor) -> None:
         if self.page_size is None:

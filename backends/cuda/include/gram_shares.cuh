@@ -1,0 +1,104 @@
+// What one thread of four warps does to weigh the keys of a tile and to sum its values, without the matrix units:
+// products of other warps fill their queue, and an instruction whose result is needed at once would wait behind them.
+#pragma once
+#include <gram_part.cuh>
+
+template <class T>
+constexpr uint32_t ROW_BYTES = T::PANEL * 2;
+
+// The query as the lanes that share a key have it: of every panel the chunk of the lane's number.
+struct QueryChunks {
+    static constexpr int COUNT = KeyTile::BLOCK_WIDTH / KeyTile::PANEL, LANES = KeyTile::PANEL_CHUNKS;
+    float x[COUNT][CHUNK];
+
+    DEVICE QueryChunks(const uint16_t* query, int lane) {
+#pragma unroll
+        for (int n = 0; n < COUNT * CHUNK; ++n) {
+            x[n / CHUNK][n % CHUNK] = low_half(query[n / CHUNK * KeyTile::PANEL + lane % LANES * CHUNK + n % CHUNK]);
+        }
+    }
+
+    // With the key whose chunk of the first panel is at `address`.
+    DEVICE float times(uint32_t address) const {
+        float sums[2] = {};
+#pragma unroll
+        for (int panel = 0; panel < COUNT; ++panel) {
+            uint32_t pairs[CHUNK / 2];
+            load_shared_16(pairs, address + panel * KeyTile::PANEL_BYTES);
+#pragma unroll
+            for (int i = 0; i < CHUNK / 2; ++i) {
+                sums[0] += low_half(pairs[i]) * x[panel][2 * i];
+                sums[1] += high_half(pairs[i]) * x[panel][2 * i + 1];
+            }
+        }
+        return sums[0] + sums[1];
+    }
+};
+
+// Sixteen keys of a warp, four at a time, eight lanes to each: which of them a lane ends up with, as another one does.
+DEVICE int key_of_lane(int lane) { return 8 * (lane / 4 % 2) + 4 * (lane / 2 % 2) + lane / 8; }
+
+// What a lane reads of the sixteen keys from `first` on. Rows that are eight apart are permuted alike.
+struct KeyShare {
+    QueryChunks query;
+    uint32_t offsets[2];
+
+    DEVICE KeyShare(const uint16_t* query_, int first, int lane) : query(query_, lane) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) offsets[i] = KeyTile::offset(first + 4 * i + lane / 8, lane % 8);
+    }
+
+    DEVICE float dot_product_of_lane(uint32_t key_tile, int lane) const {
+        float dots[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dots[i] = query.times(key_tile + offsets[i % 2] + i / 2 * 8 * ROW_BYTES<KeyTile>);
+        // Each exchange leaves half of the sums, then there is one.
+#pragma unroll
+        for (int half = 2; half; half /= 2) {
+            bool upper = lane & 2 * half;
+#pragma unroll
+            for (int i = 0; i < half; ++i) {
+                float sent = upper ? dots[i] : dots[i + half];
+                dots[i] = (upper ? dots[i + half] : dots[i]) + from_lane_xor(sent, 2 * half);
+            }
+        }
+        return dots[0] + from_lane_xor(dots[0], 1);
+    }
+};
+
+// Weighted values of the keys that a lane looks at: the chunk of its number among lanes that share a key.
+struct ValueShare {
+    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES, PERIOD = KEYS < 8 ? 8 / KEYS : 1;
+    float x[CHUNK] = {};
+    uint32_t offsets[PERIOD];
+
+    DEVICE ValueShare(int first, int lane) {
+#pragma unroll
+        for (int i = 0; i < PERIOD; ++i) offsets[i] = ValueTile::offset(first + i * KEYS + lane / LANES, lane % LANES);
+    }
+
+    // `weights` are those of the lane's keys, KEYS apart.
+    DEVICE void add(const float* weights, uint32_t value_tile) {
+#pragma unroll
+        for (int i = 0; i < 16 / KEYS; ++i) {
+            float weight = weights[i * KEYS];
+            uint32_t pairs[CHUNK / 2];
+            load_shared_16(pairs, value_tile + offsets[i % PERIOD] + i / PERIOD * 8 * ROW_BYTES<ValueTile>);
+#pragma unroll
+            for (int n = 0; n < CHUNK / 2; ++n) {
+                x[2 * n] += weight * low_half(pairs[n]);
+                x[2 * n + 1] += weight * high_half(pairs[n]);
+            }
+        }
+    }
+
+    // The sums of all lanes of the warp.
+    DEVICE void store(float* to, int lane) {
+#pragma unroll
+        for (int n = 0; n < CHUNK; ++n) {
+#pragma unroll
+            for (int mask = LANES; mask < 32; mask *= 2) x[n] += from_lane_xor(x[n], mask);
+            if (lane < LANES) to[lane * CHUNK + n] = x[n];
+        }
+    }
+};

@@ -1,0 +1,1 @@
+"""Local Linear Attention in other libraries; each module needs its library."""
