@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,7 @@ BUILT_VARIABLE = "LLA_COMPILE_CUBINS"
 _FOLDER = Path(__file__).parent
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _OPTIONS = ("--std=c++17",)
+_INCLUDE = re.compile(r"^#include <(\S+)>$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class _Unit:
 
     @property
     def headers(self) -> dict[str, str]:
-        return read_headers() | dict(self.printed)
+        return _included(self.text, dict(self.printed))
 
     @property
     def name(self) -> str:
@@ -134,13 +136,29 @@ def read_headers() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted((_FOLDER / "include").glob("*.cuh"))}
 
 
+def _included(text: str, printed: Mapping[str, str]) -> dict[str, str]:
+    """What a kernel includes, itself or through others, of the headers of the kernels and of those printed."""
+    known = read_headers() | printed
+    found: dict[str, str] = {}
+    names = _INCLUDE.findall(text)
+    while names:
+        name = names.pop()
+        if name not in found:
+            found[name] = known[name]
+            names += _INCLUDE.findall(known[name])
+    return dict(sorted(found.items()))
+
+
 def source_hash(
     sources: tuple[str, ...], python_files: tuple[str, ...], printed: Mapping[str, str] | None = None
 ) -> str:
-    """Hash of kernels, all headers, and the Python that decides their constants."""
+    """Hash of kernels, of what they include, and of the Python that decides their constants."""
+    kernels = [(_FOLDER / name).read_text(encoding="utf-8") for name in sources]
+    headers: dict[str, str] = {}
+    for kernel in kernels:
+        headers |= _included(kernel, printed or {})
     digest = hashlib.sha256()
-    written = ((_FOLDER / name).read_text() for name in (*sources, *python_files))
-    for text in (*(printed or {}).values(), *read_headers().values(), *written):
+    for text in (*kernels, *headers.values(), *((_FOLDER / name).read_text(encoding="utf-8") for name in python_files)):
         digest.update(text.encode())
     return digest.hexdigest()[:16]
 

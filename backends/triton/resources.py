@@ -78,6 +78,7 @@ class _Tiles:
         scores: float32 elements of the scores, and of one more tile where weights of several products are alive.
         weights: of one weight.
         width: of the widest operand.
+        rows: of the row operands that are inputs, on whichever side they are.
     """
 
     held_block: int
@@ -91,6 +92,7 @@ class _Tiles:
     scores: int
     weights: int
     width: int
+    rows: int
 
 
 def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig) -> _Tiles:
@@ -117,6 +119,7 @@ def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig
             loaded=0,
             accumulators=config.block_k * sum(map(width, sums)),
             scores=(len(sweep.scores) + 1) * pairs,
+            rows=config.block_q * sum(map(width, rows)),
             **common,
         )
     given = row_operands & program.given.keys()
@@ -130,6 +133,7 @@ def _tiles(program: SweepList, sweep: Sweep, spec: LLASpec, config: KernelConfig
         loaded=config.block_q * sum(width(name) for name in given),
         accumulators=config.block_q * sum(map(width, sums)),
         scores=len(sweep.scores) * pairs,
+        rows=config.block_q * sum(width(name) for name in program.row_operands),
         **common,
     )
 
@@ -194,6 +198,12 @@ def _shared(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceIn
     elements += placement.computed_copies * tiles.computed + placement.loaded_copies * tiles.loaded
     if placement.weights_in_shared:
         elements += terms * tiles.weights
+    if (spec.dtype, spec.precision, spec.solves) == ("float32", "accurate", False):
+        # Nothing is split by the kernel, so that tf32x3 products do it: a second term of row operands lies in memory,
+        # and gradients of queries are taken apart through it.
+        elements += tiles.rows
+        if spec.phase == "backward" and tiles.held_block == config.block_q:
+            elements += 2 * tiles.weights + config.block_q * tiles.width
     numbers = max(config.num_stages - 1, 0) * tiles.streamed_numbers
     return _ITEM_BYTES[spec.dtype] * elements + 4 * numbers + placement.extra_bytes
 
