@@ -45,6 +45,14 @@ def test_defaults_keep_to_registers_and_use_the_tensor_cores(gpu, phase, head_di
     assert any(loop.matrix for loop in kernels[0].loops)
 
 
+@pytest.mark.parametrize("gpu", ["h200", "a100"])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_float32_defaults_fit_in_shared_memory(gpu, phase):
+    device, spec = resolve(gpu), make_spec(phase, 64, dtype="float32")
+    kernels = BACKEND.binaries(spec, BACKEND.default_config(spec, device), device)
+    assert max(kernel.shared for kernel in kernels) <= device.shared_memory_per_block
+
+
 @pytest.mark.parametrize("op", ["parallax", "softmax"])
 @pytest.mark.parametrize("phase", ["forward", "backward", "decode"])
 @pytest.mark.parametrize("dtype, head_dim", [("bfloat16", 64), ("bfloat16", 256), ("float32", 128), ("float32", 256)])
@@ -53,6 +61,9 @@ def test_every_gpu_has_a_default_within_its_limits(op, phase, dtype, head_dim):
     for device in GPUS:
         config = BACKEND.default_config(spec, device)
         why = BACKEND.infeasible(spec, config, device)
+        if (dtype, head_dim, phase) == ("float32", 256, "backward") and device.shared_memory_per_block < 128 * 1024:
+            assert "shared memory" in why  # the second terms of tf32x3 products leave it to the eager backend
+            continue
         assert why is None or why.startswith("Triton"), f"{device.id}: {config.describe()}: {why}"
         assert config.cg_max_iters is None
         space = BACKEND.search_space(spec, device)

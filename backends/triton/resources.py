@@ -203,7 +203,7 @@ def _shared(spec: LLASpec, config: KernelConfig, tiles: _Tiles, device: DeviceIn
         # and gradients of queries are taken apart through it.
         elements += tiles.rows
         if spec.phase == "backward" and tiles.held_block == config.block_q:
-            elements += 2 * tiles.weights + config.block_q * tiles.width
+            elements += max(2 * tiles.weights, config.block_q * tiles.width)
     numbers = max(config.num_stages - 1, 0) * tiles.streamed_numbers
     return _ITEM_BYTES[spec.dtype] * elements + 4 * numbers + placement.extra_bytes
 
