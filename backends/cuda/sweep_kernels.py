@@ -76,8 +76,8 @@ def with_warps(config: KernelConfig, of: Path) -> KernelConfig:
 
 
 def registers(spec: LLASpec, config: KernelConfig) -> int:
-    """What the fullest loop takes of a thread: sums, the scores of two products, weights, and the rounded vector or where
-    its terms are."""
+    """What the fullest loop takes of a thread: sums, the scores of two products, weights, the rounded vector or where
+    it is."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
     terms = split_terms(spec.dtype, spec.precision)
     scores, weights = 2 * config.block_k // 2, terms * config.block_k // 4

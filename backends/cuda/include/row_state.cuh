@@ -126,8 +126,9 @@ struct InMemory {
             for (int n = 0; n < WIDTH / 8; ++n) {
                 int left = LOADED - rows.column(n);
                 if (LOADED % 2 == 0) {
-                    if (LOADED < WIDTH && left <= 0) break;
-                    *reinterpret_cast<float2*>(to + 8 * n) = {from.x[n][2 * r], from.x[n][2 * r + 1]};
+                    if (LOADED == WIDTH || left > 0) {
+                        *reinterpret_cast<float2*>(to + 8 * n) = {from.x[n][2 * r], from.x[n][2 * r + 1]};
+                    }
                 } else {
                     if (left > 0) to[8 * n] = from.x[n][2 * r];
                     if (left > 1) to[8 * n + 1] = from.x[n][2 * r + 1];
