@@ -15,20 +15,21 @@ from problems import (
 
 from lla_compile import backends
 from lla_compile.autograd import GRADIENTS
-from lla_compile.backends.cuda import sweep_kernels
 from lla_compile.backends.cuda.sweep_launcher import SweepLauncher
 from lla_compile.devices import resolve
 from lla_compile.lowering import SAVED
 from lla_compile.precision import error_limit
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-HOPPER = resolve("h200")
-# One warp group of rows, two, three; with tiles of 32, 64 and 96 keys.
+# With wgmma (one warp group of rows, two, three) and with mma.sync; tiles of 32, 64 and 96 keys, rings of all lengths.
 TILES = {
-    64: dict(block_q=64, block_k=32, num_warps=8, num_stages=3),
-    128: dict(block_q=128, block_k=64, num_warps=12, num_stages=3),
-    192: dict(block_q=192, block_k=64, num_warps=16, num_stages=4),
+    ("h200", 64): dict(block_q=64, block_k=32, num_warps=8, num_stages=3),
+    ("h200", 128): dict(block_q=128, block_k=64, num_warps=12, num_stages=3),
+    ("h200", 192): dict(block_q=192, block_k=64, num_warps=16, num_stages=4),
+    ("a100", 64): dict(block_q=64, block_k=64, num_warps=4, num_stages=2),
+    ("a100", 128): dict(block_q=128, block_k=32, num_warps=8, num_stages=4),
 }
+GPUS = pytest.mark.parametrize("gpu", ["h200", "a100"])
 SHAPES = [
     dict(),
     dict(is_causal=False, seqlen_q=70, seqlen_k=99),
@@ -43,42 +44,58 @@ SHAPES = [
     dict(head_dim=96, head_dim_v=128, seqlen_q=20),
     dict(dtype=torch.float16),
 ]
+NARROW = [dict(head_dim=16), dict(head_dim=1, head_dim_v=3), dict(head_dim=32, head_dim_v=64, window_size=20)]
 
 
 def problem(**fields):
     return make_problem(**dict(heads=1, seqlen_q=100, head_dim=64, dtype=torch.bfloat16) | fields)
 
 
-def run(p, precision="accurate", block_q=128, **knobs):
+def run(p, precision="accurate", gpu="h200", block_q=128, **knobs):
     scale = knobs.pop("scale", None)
-    return run_info(p, "cuda", precision, HOPPER, scale, **TILES[block_q] | knobs)
+    return run_info(p, "cuda", precision, resolve(gpu), scale, **TILES[gpu, block_q] | knobs)
 
 
 def limit(p, precision="accurate", ridge=1.0):
     return error_limit(str(p.q.dtype).removeprefix("torch."), precision, ridge)
 
 
+@GPUS
 @pytest.mark.parametrize("fields", SHAPES, ids=str)
-def test_shapes(fields):
+def test_shapes(fields, gpu):
     p = problem(**fields)
-    out, _, residual = run(p)
+    out, _, residual = run(p, gpu=gpu)
     assert_close(out, p.reference(), limit(p))
     assert residual.max() <= 1e-3
 
 
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+@pytest.mark.parametrize("fields", NARROW, ids=str)
+def test_narrow_heads_take_the_same_instructions_everywhere(fields, precision):
+    p = problem(seqlen_q=150, **fields)
+    out = run(p, precision, "a100")[0]
+    assert_close(out, p.reference(), limit(p, precision))
+    hopper = run_info(p, "cuda", precision, resolve("h200"), **TILES["a100", 128])
+    assert torch.equal(hopper[0], out)
+
+
 @pytest.mark.parametrize("backwards", [False, True])
-@pytest.mark.parametrize("block_q, block_k", [(64, 32), (128, 96), (192, 64)])
-def test_tiles(emulated, block_q, block_k, backwards):  # noqa: F811
+@pytest.mark.parametrize(
+    "gpu, block_q, block_k",
+    [("h200", 64, 32), ("h200", 128, 96), ("h200", 192, 64), ("a100", 64, 64), ("a100", 128, 32)],
+)
+def test_tiles(emulated, gpu, block_q, block_k, backwards):  # noqa: F811
     emulated["backwards"] = backwards
     p = problem(seqlen_q=230, window_size=150)
-    assert_close(run(p, "fast", block_q, block_k=block_k)[0], p.reference(), limit(p, "fast"))
+    assert_close(run(p, "fast", gpu, block_q, block_k=block_k)[0], p.reference(), limit(p, "fast"))
 
 
+@GPUS
 @pytest.mark.parametrize("precision", ["fast", "accurate"])
-def test_saved_state_and_info_are_those_of_the_eager_backend(precision):
+def test_saved_state_and_info_are_those_of_the_eager_backend(precision, gpu):
     p = problem(seqlen_q=90, head_dim_v=40, ridge=0.5)
     wanted = ("out", "iterations", "final_residual", *SAVED)
-    got = run_forward(p, wanted, "cuda", precision, HOPPER, **TILES[128])
+    got = run_forward(p, wanted, "cuda", precision, resolve(gpu), **TILES[gpu, 128])
     expected = run_forward(p, wanted, precision=precision, block_q=64)
     terms = got["unit_probe"].shape[0]
     for name, value in got.items():
@@ -96,21 +113,22 @@ def test_saved_state_and_info_are_those_of_the_eager_backend(precision):
 def test_another_backend_goes_backward_from_what_is_saved(precision):
     p = problem(seqlen_q=80)
     grad_out = make_grad_out(p)
-    saved = run_forward(p, tuple(SAVED), "cuda", precision, HOPPER, **TILES[128])
+    saved = run_forward(p, tuple(SAVED), "cuda", precision, resolve("h200"), **TILES["h200", 128])
     given = {"grad_out": grad_out} | saved
     backward = backends.get("eager").bind(make_plan(p, precision=precision, phase="backward"))
     got = backward(p.inputs() | given, GRADIENTS)
     assert_gradients_close(got, p.reference_gradients(grad_out), error_limit("bfloat16", precision, 1.0, "backward"))
 
 
-def test_any_strides_and_alignment():
+@GPUS
+def test_any_strides_and_alignment(gpu):
     p = problem(batch=2, heads=2, kv_heads=1, seqlen_q=30)
-    expected = run(p)[0]
+    expected = run(p, gpu=gpu)[0]
     p.q = p.q.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(run(p)[0], expected)
+    assert torch.equal(run(p, gpu=gpu)[0], expected)
     p.k = torch.nn.functional.pad(p.k, (3, 2, 1, 4), value=torch.nan)[:, :, 1:-4, 3:-2]
     p.v = p.v.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    assert torch.equal(run(p)[0], expected)
+    assert torch.equal(run(p, gpu=gpu)[0], expected)
 
 
 def test_tensors_of_ridge_and_scale():
@@ -121,9 +139,10 @@ def test_tensors_of_ridge_and_scale():
     assert_close(out, p.reference(scale), limit(p))
 
 
-def test_rows_without_keys_are_zero():
+@GPUS
+def test_rows_without_keys_are_zero(gpu):
     p = problem(seqlen_q=150, seqlen_k=8)
-    out, iterations, residual = run(p, cg_max_iters=8)
+    out, iterations, residual = run(p, gpu=gpu, cg_max_iters=8)
     assert (out[:, :, :142] == 0).all() and (out[:, :, 142:] != 0).any(-1).all()
     assert (iterations[:, :, :142] == 0).all() and (residual[:, :, :142] == 0).all()
 
@@ -149,13 +168,13 @@ def test_groups_of_rows_stop_by_themselves():
 
 @pytest.mark.parametrize("fields", [dict(), dict(head_dim=128, head_dim_v=40)], ids=str)
 @pytest.mark.parametrize("precision", ["fast", "accurate"])
-@pytest.mark.parametrize("block_q", TILES)
-def test_python_and_cuda_agree_on_sizes(block_q, precision, fields):
+@pytest.mark.parametrize("gpu, block_q", TILES)
+def test_python_and_cuda_agree_on_sizes(gpu, block_q, precision, fields):
     """Of the arguments and of shared memory, which the launcher and the resource model count by themselves."""
     p = problem(seqlen_q=3, **fields)
-    plan = make_plan(p, "cuda", precision, HOPPER, **TILES[block_q])
-    if sweep_kernels.shared_memory(plan.spec, plan.config, 0) > sweep_kernels.shared_memory_limit(plan.config, HOPPER):
-        pytest.skip("it does not fit")
+    plan = make_plan(p, "cuda", precision, resolve(gpu), **TILES[gpu, block_q])
+    if why := backends.get("cuda").infeasible(plan.spec, plan.config, plan.device):
+        pytest.skip(why)
     launcher = SweepLauncher(plan)
     launcher(p.inputs(), ("out",))
     [[kernel]] = launcher._bound.values()

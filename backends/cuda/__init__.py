@@ -1,6 +1,6 @@
 """CUDA backend: kernels in CUDA C++, compiled by NVRTC and launched through CuPy, for NVIDIA GPUs.
 
-Decoding runs from compute capability 8.0 on, the forward pass on 9.0.
+Both decoding and the forward pass run from compute capability 8.0 on, with wgmma on 9.0.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _sweep_source_hash(op: str, phase: str) -> str:
     from lla_compile.backends.cuda.sweep_source import print_sweeps
 
     python_files = ("sweep_kernels.py", "sweep_launcher.py")
-    return source_hash(("sweeps_wgmma.cu",), python_files, print_sweeps(op, phase).headers)
+    return source_hash(("sweeps_mma.cu", "sweeps_wgmma.cu"), python_files, print_sweeps(op, phase).headers)
 
 
 BACKEND = CudaBackend()

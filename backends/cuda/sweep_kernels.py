@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lla_compile.backends.cuda.gram_kernels import Kernel
@@ -15,75 +15,130 @@ if TYPE_CHECKING:
     from lla_compile.plans import KernelConfig
     from lla_compile.spec import LLASpec
 
-GROUP_ROWS, GROUP_WARPS = 64, 4  # of wgmma: what four warps hold together
+_WARP_ROWS = 16
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
 _OTHER_REGISTERS = 32  # numbers of rows, addresses
+_ADDRESS_REGISTERS = 8  # of two terms in shared memory
 _TILE_BYTES = 72  # of struct QueryTile
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 _ALIGNMENT = 8  # of the structure that shared memory is
+_ROWS_OF_TWO_BLOCKS = 64  # a multiprocessor is to hold two blocks of so many rows
 
 
-def with_warps(config: KernelConfig) -> KernelConfig:
-    """The configuration with the warps that its rows take: a group for every 64, and one that copies."""
-    return replace(config, num_warps=GROUP_WARPS * (config.block_q // GROUP_ROWS + 1))
+@dataclass(frozen=True)
+class Path:
+    """Kernels of one kind of matrix instructions.
+
+    Attributes:
+        name: of the kernel; its source is ``<name>.cu``.
+        group_rows: rows that the warps of an instruction hold together; None for all of the block's.
+        copy_warps: warps that hold no rows.
+        barriers: of a stage, in shared memory.
+        row_registers: that a thread with rows can have, by the rows of its block.
+        block_q, block_k, stages: values worth trying, as few stages as there can be first.
+        preference: (block_q, block_k), best first.
+    """
+
+    name: str
+    group_rows: int | None
+    copy_warps: int
+    barriers: int
+    row_registers: dict[int, int]
+    block_q: tuple[int, ...]
+    block_k: tuple[int, ...]
+    stages: tuple[int, ...]
+    preference: tuple[tuple[int, int], ...]
 
 
-def row_registers(config: KernelConfig) -> int:
-    """Of a thread that holds rows; those that copy leave them to it, see stream_wgmma.cuh."""
-    return {64: 216, 128: 232, 192: 160}[config.block_q]
+# Needs a tile whose weights are multiplied, the next one whose scores are, and one that is copied. Threads that copy
+# leave registers to the others, see stream_wgmma.cuh; three groups of rows are too many for those that wide heads take.
+WGMMA = Path(
+    "sweeps_wgmma", group_rows=64, copy_warps=4, barriers=2, row_registers={64: 232, 128: 240, 192: 160},
+    block_q=(64, 128, 192), block_k=(32, 64, 96), stages=(3, 4, 5, 6), preference=((128, 64), (64, 64), (64, 32)),
+)  # fmt: skip
+MMA = Path(
+    "sweeps_mma", group_rows=None, copy_warps=0, barriers=0, row_registers={64: 255, 128: 255},
+    block_q=(64, 128), block_k=(32, 64), stages=(2, 3, 4), preference=((64, 64), (64, 32)),
+)  # fmt: skip
+_WGMMA_CAPABILITY = "9.0"
+_LEAST_WGMMA_WIDTH = 64  # of a panel of a tile, which products of rows take
+
+
+def path(spec: LLASpec, device: DeviceInfo) -> Path:
+    """The instructions that a device has for heads of this width."""
+    wide = padded_width(spec.head_dim) >= _LEAST_WGMMA_WIDTH
+    return WGMMA if wide and device.compute_capability == _WGMMA_CAPABILITY else MMA
+
+
+def with_warps(config: KernelConfig, of: Path) -> KernelConfig:
+    """The configuration with the warps that its rows take, and those that copy."""
+    return replace(config, num_warps=config.block_q // _WARP_ROWS + of.copy_warps)
 
 
 def registers(spec: LLASpec, config: KernelConfig) -> int:
-    """What the fullest loop takes of a thread: sums, the scores of two products, weights, and the rounded vector."""
+    """What the fullest loop takes of a thread: sums, the scores of two products, weights, the rounded vector or where
+    it is."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
     terms = split_terms(spec.dtype, spec.precision)
     scores, weights = 2 * config.block_k // 2, terms * config.block_k // 4
-    rounded = width // 4 if terms == 1 else 0
+    rounded = width // 4 if terms == 1 else _ADDRESS_REGISTERS
     return max(width, width_v) // 2 + scores + weights + rounded + _OTHER_REGISTERS
 
 
-def blocks_per_sm(config: KernelConfig) -> int:
-    """Blocks that a multiprocessor is to hold at once: what registers are shared by."""
-    return 2 if config.block_q == GROUP_ROWS else 1
+def blocks_per_sm(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
+    """Blocks that a multiprocessor is to hold at once: what registers and shared memory are shared by."""
+    fits = shared_memory(spec, config, device) <= _share_of_two(device)
+    return 2 if config.block_q == _ROWS_OF_TWO_BLOCKS and fits else 1
 
 
-def parked_vectors(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
-    """How many of the vectors that wait between sweeps find room in shared memory; the others wait in the L2 cache."""
-    waiting = len(print_sweeps(spec.op, spec.phase).waiting)
-    limit = shared_memory_limit(config, device)
-    return next((n for n in range(waiting, 0, -1) if shared_memory(spec, config, n) <= limit), 0)
+def parked(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[int, int]:
+    """How many of the vectors, and then of the numbers of rows, that wait between sweeps find room in shared memory;
+    other vectors wait in the L2 cache, other numbers in registers."""
+    source = print_sweeps(spec.op, spec.phase)
+    two = blocks_per_sm(spec, config, device) == 2
+    room = _share_of_two(device) if two else device.shared_memory_per_block
+
+    def most(count: int, vectors: int | None = None) -> int:
+        sizes = ((n, (n, 0) if vectors is None else (vectors, n)) for n in range(count, 0, -1))
+        return next((n for n, waiting in sizes if shared_memory(spec, config, device, *waiting) <= room), 0)
+
+    vectors = most(len(source.waiting))
+    return vectors, most(len(source.waiting_rows), vectors)
 
 
-def shared_memory_limit(config: KernelConfig, device: DeviceInfo) -> int:
-    """Bytes that a block may have so that as many as are meant to find room."""
-    share = device.shared_memory_per_sm // blocks_per_sm(config) - _RESERVED_SHARED_MEMORY
-    return min(device.shared_memory_per_block, share)
+def _share_of_two(device: DeviceInfo) -> int:
+    return min(device.shared_memory_per_block, device.shared_memory_per_sm // 2 - _RESERVED_SHARED_MEMORY)
 
 
-def shared_memory(spec: LLASpec, config: KernelConfig, parked: int) -> int:
-    """Bytes of struct Shared in stream_wgmma.cuh."""
+def shared_memory(
+    spec: LLASpec, config: KernelConfig, device: DeviceInfo, parked_vectors: int = 0, parked_rows: int = 0
+) -> int:
+    """Bytes of struct Shared in stream_wgmma.cuh or stream_mma.cuh."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    warps = config.block_q // GROUP_ROWS * GROUP_WARPS
-    terms = split_terms(spec.dtype, spec.precision)
-    stages = config.num_stages * (config.block_k * max(width, width_v) * _INPUT_BYTES + 2 * _BARRIER_BYTES)
-    rows = config.block_q * width * ((1 if terms == 1 else 1 + terms) * _INPUT_BYTES + parked * _FLOAT_BYTES)
-    return -(-(stages + rows + 2 * 4 * warps + _TILE_BYTES) // _ALIGNMENT) * _ALIGNMENT
+    terms, barriers = (split_terms(spec.dtype, spec.precision), path(spec, device).barriers)
+    stages = config.num_stages * (config.block_k * max(width, width_v) * _INPUT_BYTES + barriers * _BARRIER_BYTES)
+    operands = (1 if terms == 1 else 1 + terms) * _INPUT_BYTES
+    rows = config.block_q * (width * (operands + parked_vectors * _FLOAT_BYTES) + max(1, parked_rows) * _FLOAT_BYTES)
+    flags = 2 * config.block_q // _WARP_ROWS * 4
+    return -(-(stages + rows + flags + _TILE_BYTES) // _ALIGNMENT) * _ALIGNMENT
 
 
 def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:
     """The launch of a plan."""
-    parked = parked_vectors(spec, config, device)
+    of = path(spec, device)
+    vectors, rows = parked(spec, config, device)
     defines = {
         "HEAD_DIM": spec.head_dim, "HEAD_DIM_V": spec.head_dim_v, "BLOCK_D": padded_width(spec.head_dim),
         "BLOCK_DV": padded_width(spec.head_dim_v), "BFLOAT16": int(spec.dtype == "bfloat16"),
         "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": 0,
-        "CAUSAL": int(spec.is_causal), "WINDOWED": int(spec.window_size is not None),
-        "TERMS": split_terms(spec.dtype, spec.precision), "WEIGHT_SHIFT": weight_shift(spec.dtype),
-        "PARKED": parked, "BLOCKS": blocks_per_sm(config),
+        "GROUP_ROWS": of.group_rows or config.block_q, "CAUSAL": int(spec.is_causal),
+        "WINDOWED": int(spec.window_size is not None), "TERMS": split_terms(spec.dtype, spec.precision),
+        "WEIGHT_SHIFT": weight_shift(spec.dtype), "PARKED": vectors, "PARKED_ROWS": rows,
+        "BLOCKS": blocks_per_sm(spec, config, device),
     }  # fmt: skip
     tiles = -(-spec.seqlen_q // config.block_q)
     return Kernel(
-        "sweeps_wgmma", "sweeps_wgmma.cu", (tiles * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
-        shared_memory(spec, config, parked), {name: str(value) for name, value in defines.items()},
+        of.name, f"{of.name}.cu", (tiles * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
+        shared_memory(spec, config, device, vectors, rows), {name: str(value) for name, value in defines.items()},
         print_sweeps(spec.op, spec.phase).headers,
     )  # fmt: skip

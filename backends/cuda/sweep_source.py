@@ -52,6 +52,7 @@ class Source:
         fields: of the arguments, in order.
         program: the sweeps.
         waiting: vectors that wait while keys are streamed, in order of their slots.
+        waiting_rows: the same of numbers of rows.
         loops: how many loops there are.
     """
 
@@ -59,6 +60,7 @@ class Source:
     fields: tuple[Field, ...]
     program: SweepList
     waiting: tuple[str, ...]
+    waiting_rows: tuple[str, ...]
     loops: int
 
     @property
@@ -78,12 +80,29 @@ def print_sweeps(op: str, phase: str) -> Source:
     # What every turn of a loop reads and writes is kept closest.
     loops = [stage.sweep for stage in program.stages if isinstance(stage, Loop)]
     waiting = tuple(sorted(waiting, key=lambda name: (-_turns_with(name, loops), name)))
+    waiting_rows = _waiting_rows(program)
     fields = _fields(program, waiting)
+    printer = _SweepsPrinter(program, waiting, waiting_rows)
     headers = {
         "sweep_arguments.cuh": _arguments_text(program, fields, len(loops)),
-        "sweeps.cuh": _SweepsPrinter(program, waiting).text(),
+        "sweeps.cuh": printer.text(),
+        "copies.cuh": printer.copies_text(),
     }
-    return Source(headers, fields, program, waiting, len(loops))
+    return Source(headers, fields, program, waiting, waiting_rows, len(loops))
+
+
+def _waiting_rows(program: SweepList) -> tuple[str, ...]:
+    """Numbers of rows that outlive a sweep and that no sweep needs while it streams keys."""
+    streaming = set().union(*(_read_by_stream(sweep) for sweep in program.sweeps))
+    crossing = program.crossing((stage,) for stage in program.stages)
+    rows = [*program.row_scalars, *(name for name, kind in crossing.items() if kind is Kind.ROW)]
+    return tuple(name for name in rows if name not in streaming)
+
+
+def _read_by_stream(sweep: Sweep) -> set[str]:
+    names = {"lse"} if sweep.softmax == "saved" else set()
+    names |= {score.center for score in sweep.scores if score.center}
+    return names.union(*(sums.weight.symbols() for sums in sweep.accumulators))
 
 
 def _turns_with(name: str, loops: Iterable[Sweep]) -> int:
@@ -119,6 +138,21 @@ def _arguments_text(program: SweepList, fields: tuple[Field, ...], loops: int) -
     return "\n".join([*lines, "};", ""])
 
 
+def _made_early(assigns: tuple[Assign, ...], waiting: tuple[str, ...]) -> tuple[Assign, ...]:
+    """The same assignments; vectors that go straight to where they wait are made as soon as what they take is there, so
+    that they and it leave their registers."""
+    ordered: list[Assign] = []
+    for number, assign in enumerate(assigns):
+        others = (*assigns[:number], *assigns[number + 1 :])
+        touched = {other.name for other in others}.union(*(other.value.symbols() for other in others))
+        place = len(ordered)
+        if assign.name in waiting and assign.name not in touched:
+            while place and ordered[place - 1].name not in assign.value.symbols():
+                place -= 1
+        ordered.insert(place, assign)
+    return tuple(ordered)
+
+
 class _Lines(list):
     def __init__(self):
         super().__init__()
@@ -135,12 +169,15 @@ class _Lines(list):
         self.depth -= 1
         self.add(text)
 
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self) + "\n"
+
 
 class _SweepsPrinter:
-    """Prints what the threads that hold rows do, and those that copy."""
+    """Prints what the threads that hold rows do, and what those that only copy do."""
 
-    def __init__(self, program: SweepList, waiting: tuple[str, ...]):
-        self.program, self.waiting = program, waiting
+    def __init__(self, program: SweepList, waiting: tuple[str, ...], waiting_rows: tuple[str, ...]):
+        self.program, self.waiting, self.waiting_rows = program, waiting, waiting_rows
         self.out = _Lines()
         self.terms = "TERMS"  # of what is rounded where the printer stands
         self.terms_of: dict[str, str] = {}  # of the rounded vectors as they were last assigned
@@ -157,15 +194,20 @@ class _SweepsPrinter:
         out.add("const Rows& rows = group.rows;")
         for name in program.row_inputs:
             out.add(f"const QueryRows& {name} = group.{name};")
-        rows = [name for name, kind in program.kinds.items() if kind is Kind.ROW]
+        rows = [x for x, kind in program.kinds.items() if kind is Kind.ROW and x not in self.waiting_rows]
         rows += ["row_max", "row_sum"] if any(sweep.softmax == "online" for sweep in program.sweeps) else []
         out.add(f"Row {', '.join(rows)};")
+        for slot, name in enumerate(self.waiting_rows):
+            out.add(f"WaitingRow<{slot}> waiting_{name}(group);")
         for name in program.row_scalars:
-            out.add(f"const Row {name} = group.given(g.{name}_pointer, g.{name}, g.{name}_strides);")
+            given = f"group.given(g.{name}_pointer, g.{name}, g.{name}_strides)"
+            waits = name in self.waiting_rows
+            out.add(f"waiting_{name}.store({given});" if waits else f"const Row {name} = {given};")
         for name in sorted(program.rounded):
             out.add(f"Direction {name} = group.rounded();")
         for slot, name in enumerate(self.waiting):
-            out.add(f"const Waiting<{slot}> waiting_{name}(group, g.{name});")
+            is_result = "true" if name in program.outputs else "false"
+            out.add(f"const Waiting<{slot}, {is_result}> waiting_{name}(group, g.{name});")
         for stages in self._groups():
             out.add("")
             if isinstance(stages[0], Loop):
@@ -176,9 +218,7 @@ class _SweepsPrinter:
                 self._sweep(stages[0], stages)
                 out.close()
         out.close()
-        out.add("")
-        self._copies()
-        return "\n".join(line.rstrip() for line in out) + "\n"
+        return out.text()
 
     def _groups(self) -> list[tuple[Stage, ...]]:
         """Stages in order; loops that follow each other take turns of one loop, as groups of rows need them."""
@@ -203,6 +243,7 @@ class _SweepsPrinter:
         first = "TERMS == 2 ? 0 : 1" if skips[0] else "0"
         out.add(f"int loop = {first};")
         out.open("for (;;)")
+        self._fetch({loop.active for loop in loops}, set())
         bits = [_LOOP_BIT.format(loop.active, number) for number, loop in enumerate(loops)]
         out.add(f"const Flags wanted = group.vote({' | '.join(bits)});")
         out.add("if (wanted.none()) break;")
@@ -211,7 +252,7 @@ class _SweepsPrinter:
                 out.open(f"if (TERMS == 2 && loop == {number - 1} && !wanted.wants({number - 1}))")
                 out.add(f"loop = {number};")
                 self.terms = "1" if loop.coarse else "TERMS"
-                self._assign_all(loop.entry)
+                self._assign_all(loop.entry, set())
                 out.close()
         for number, loop in enumerate(loops):
             guard = "TERMS == 2 && " if skips[number] else ""
@@ -224,7 +265,7 @@ class _SweepsPrinter:
         out.close()
         out.close()
         for loop in loops:
-            self._store_outputs(loop, loops)
+            self._store_outputs(loop, loops, loop.writes(), set())
         self.terms = "TERMS"
 
     def _sweep(self, sweep: Sweep, stages: tuple[Stage, ...], entered: Loop | None = None) -> None:
@@ -235,7 +276,11 @@ class _SweepsPrinter:
             # What the loop rounds it has rounded in its own terms, from its entry on.
             rounds = {a.name for a in (*entered.entry, *sweep.epilogue) if a.value.op == "rounded"}
             self.terms_of |= dict.fromkeys(rounds, self.terms)
-        self._assign_all(sweep.prologue)
+        at_hand: set[str] = set()
+        self._assign_all(sweep.prologue, at_hand)
+        later = {assign.name for assign in sweep.epilogue}
+        if entered is None:
+            self._store_outputs(sweep, stages, {a.name for a in sweep.prologue} - later, at_hand)
         (sums,) = sweep.accumulators
         width = self._width(sums.name)
         out.add(f"Vector<{width}> {sums.name};")
@@ -256,17 +301,21 @@ class _SweepsPrinter:
             out.add("assign(row_sum, [&](int r) { return softmax.sum[r]; });")
         else:
             out.add(f"softmax.end({sums.name});")
-        self._assign_all(sweep.epilogue, at_hand={sums.name})
+        at_hand.add(sums.name)
+        self._assign_all(sweep.epilogue, at_hand)
         if entered is None:
-            self._store_outputs(sweep, stages)
+            self._store_outputs(sweep, stages, {*later, sums.name}, at_hand)
 
-    def _store_outputs(self, stage: Stage, stages: tuple[Stage, ...]) -> None:
-        """What has its last value now."""
+    def _store_outputs(
+        self, stage: Stage, stages: tuple[Stage, ...], written: Iterable[str], at_hand: set[str]
+    ) -> None:
+        """What has its last value now: rows do not keep it while keys are streamed."""
         program = self.program
         later = {name for other in program.stages[program.stages.index(stage) + 1 :] for name in other.writes()}
-        for name in stage.writes():
-            if name not in program.outputs or name in later or name in self.waiting:
+        for name in program.outputs:
+            if name not in written or name in later or name in self.waiting:
                 continue
+            self._fetch({name}, at_hand)
             if program.kinds[name] is Kind.ROW:
                 self.out.add(f"store(g.{name}, {name}, rows);")
             elif name in program.rounded:
@@ -276,8 +325,12 @@ class _SweepsPrinter:
                 base = f"group.tile.result(g.{name}, g.{name}_strides)"
                 self.out.add(f"store_result<{width}>({base}, g.{name}_strides[2], {name}, rows);")
 
-    def _copies(self) -> None:
-        out = self.out
+    def copies_text(self) -> str:
+        """For threads that only copy: the passes of those that hold rows, in the same order."""
+        out = _Lines()
+        out.add(f"// Printed: the copies of {self.program.name}.")
+        out.add("#pragma once")
+        out.add("")
         out.open("DEVICE void copy_sweeps(Copier& copier)")
         groups = self._groups()
         for stages in groups:
@@ -287,21 +340,30 @@ class _SweepsPrinter:
             stream = f"copier.stream<{'true' if with_values else 'false'}, {last}>();"
             out.add(f"while (!copier.vote().none()) {stream}" if isinstance(stages[0], Loop) else stream)
         out.close()
+        return out.text()
 
     # ---- row-wise assignments ----
 
-    def _assign_all(self, assigns: tuple[Assign, ...], at_hand: set[str] | None = None) -> None:
-        """Assignments; vectors that wait are fetched before the first one that reads them, put back after the last."""
-        at_hand = set() if at_hand is None else at_hand
+    def _fetch(self, names: Iterable[str], at_hand: set[str]) -> None:
+        """Those that wait and are not at hand."""
+        for name in sorted({*self.waiting, *self.waiting_rows}.intersection(names) - at_hand):
+            self._declare(name)
+            self.out.add(f"waiting_{name}.load({name});")
+            at_hand.add(name)
+
+    def _declare(self, name: str) -> None:
+        self.out.add(f"{'Row' if name in self.waiting_rows else f'Vector<{self._width(name)}>'} {name};")
+
+    def _assign_all(self, assigns: tuple[Assign, ...], at_hand: set[str]) -> None:
+        """Assignments; what waits is fetched before the first one that reads it, and put back after the last."""
+        waits = {*self.waiting, *self.waiting_rows}
+        assigns = _made_early(assigns, self.waiting)
         last_write = {assign.name: number for number, assign in enumerate(assigns)}
         for number, assign in enumerate(assigns):
-            for name in sorted(assign.value.symbols() & set(self.waiting) - at_hand):
-                self.out.add(f"Vector<{self._width(name)}> {name};")
-                self.out.add(f"waiting_{name}.load({name});")
-                at_hand.add(name)
+            self._fetch(assign.value.symbols(), at_hand)
             self._assign(assign, at_hand)
             at_hand.add(assign.name)
-            if assign.name in self.waiting and last_write[assign.name] == number:
+            if assign.name in waits and last_write[assign.name] == number:
                 self.out.add(f"waiting_{assign.name}.store({assign.name});")
 
     def _assign(self, assign: Assign, at_hand: set[str]) -> None:
@@ -315,9 +377,11 @@ class _SweepsPrinter:
         if value.kind is Kind.VECTOR:
             value = self._without_rows(value)
             if name not in at_hand:
-                out.add(f"Vector<{self._width(name)}> {name};")
+                self._declare(name)
             out.add(f"assign({name}, [&](int n, int i) {{ return {self._text(value, Kind.VECTOR)}; }});")
         else:
+            if name in self.waiting_rows and name not in at_hand:
+                self._declare(name)
             out.add(f"assign({name}, [&](int r) {{ return {self._text(value, Kind.ROW)}; }});")
 
     def _without_dots(self, value: Expr) -> Expr:

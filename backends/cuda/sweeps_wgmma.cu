@@ -2,6 +2,7 @@
 #include <stream_wgmma.cuh>
 #include <softmax.cuh>
 #include <sweeps.cuh>
+#include <copies.cuh>
 
 KERNEL(THREADS, BLOCKS) sweeps_wgmma(PARAMETER SweepArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lla_compile import clear_cache
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes several seconds or tens of gigabytes of GPU memory")
@@ -27,3 +29,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def always_clean(clean):
     """Nothing here meets settings of the user's."""
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request, always_clean, monkeypatch):
+    """Every test that asks for it runs once for each; calls that name none run on it."""
+    if request.param == "cuda":
+        from lla_compile.backends.cuda import runtime
+
+        if why := runtime.unavailable():
+            pytest.skip(why)
+    monkeypatch.setenv("LLA_COMPILE_BACKENDS", f"{request.param},eager")
+    clear_cache()
+    return request.param

@@ -20,19 +20,30 @@ def gpu_packed(lengths_q, lengths_k=None, **fields) -> Problem:
     return make_packed_problem(lengths_q, lengths_k, **dict(dtype=torch.bfloat16, head_dim=64, device="cuda") | fields)
 
 
-def triton_info(p: Problem, precision: str = "accurate", **knobs):
-    """Output, iterations and residual."""
-    return run_info(p, "triton", precision, device=identify("cuda"), **knobs)
+def forward_info(backend: str, p: Problem, precision: str = "accurate", **knobs):
+    """Output, iterations and residual; a test of what the backend does not take is skipped with its reason."""
+    skip_unless_taken(backend, p, precision, **knobs)
+    return run_info(p, backend, precision, device=identify("cuda"), **knobs)
 
 
-def triton(p: Problem, precision: str = "accurate", **knobs) -> torch.Tensor:
-    return triton_info(p, precision, **knobs)[0]
+def forward(backend: str, p: Problem, precision: str = "accurate", **knobs) -> torch.Tensor:
+    return forward_info(backend, p, precision, **knobs)[0]
 
 
-def bound(p: Problem, precision: str = "accurate", **knobs):
+def bound(backend: str, p: Problem, precision: str = "accurate", **knobs):
     """A function without arguments that launches the kernels on the problem as it then is, asking for no info."""
-    executable = backends.get("triton").bind(make_plan(p, "triton", precision, identify("cuda"), **knobs))
+    skip_unless_taken(backend, p, precision, **knobs)
+    executable = backends.get(backend).bind(make_plan(p, backend, precision, identify("cuda"), **knobs))
     return lambda: executable(p.inputs(), ("out",))["out"]
+
+
+def skip_unless_taken(backend: str, p: Problem, precision: str, scale=None, **knobs) -> None:
+    device = identify("cuda")
+    if reason := backends.get(backend).unsupported(p.spec(precision), device):
+        pytest.skip(f"{backend}: {reason}")
+    made = make_plan(p, backend, precision, device, **knobs)
+    if reason := backends.get(backend).infeasible(made.spec, made.config, device):
+        pytest.skip(f"{backend}: {reason}")
 
 
 def gradients(p: Problem, grad_out: torch.Tensor, precision: str = "accurate", **knobs) -> dict[str, torch.Tensor]:

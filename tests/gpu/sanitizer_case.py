@@ -6,7 +6,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from decode_problems import STREAM  # noqa: E402
-from on_gpu import gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients, triton  # noqa: E402
+from on_gpu import forward, gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients  # noqa: E402
 from problems import assert_close, make_grad_out  # noqa: E402
 
 from lla_compile.backends.cuda import runtime  # noqa: E402
@@ -24,17 +24,22 @@ DECODE_CASES = [
     dict(page_size=16, capacity=80, lengths=None, queries=2),
 ]
 
+BACKENDS = ("triton",) if runtime.unavailable() else ("triton", "cuda")
+
 for fields in CASES:
     for schedule in ("fused", "split"):
         p = gpu_problem(**fields, ridge=4.0)
-        assert_close(triton(p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
+        assert_close(forward("triton", p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
         found = gradients(p, make_grad_out(p), schedule=schedule, cg_max_iters=8)
         assert all(x.isfinite().all() for x in found.values())
+    if "cuda" in BACKENDS:
+        for precision, limit in (("fast", 8e-3), ("accurate", 2.5e-3)):
+            assert_close(forward("cuda", p, precision, cg_max_iters=8), p.reference(), limit)
 p = gpu_packed((70, 0, 33), head_dim=40, head_dim_v=24, heads=2, kv_heads=1, ridge=4.0)
 assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_iters=8).values())
 for fields in DECODE_CASES:
     p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
-    for backend in ("triton",) if runtime.unavailable() else ("triton", "cuda"):
+    for backend in BACKENDS:
         for num_splits in (1, 3):
             assert_close(gpu_decode(backend, p, num_splits=num_splits), p.reference(), 2.5e-3)
     assert_close(gpu_decode("triton", p, **STREAM), p.reference(), 2.5e-3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_gpu import gpu_packed, gpu_problem, gradients, poison_free_memory, triton
+from on_gpu import forward, gpu_packed, gpu_problem, gradients, poison_free_memory
 from problems import GRADIENTS, assert_close, assert_gradients_close, make_grad_out, relative_errors
 
 from lla_compile import lla_attention, lla_attention_varlen
@@ -82,7 +82,7 @@ def test_widths(head_dim, head_dim_v):
 @pytest.mark.parametrize("fields", PACKED, ids=str)
 def test_packed_sequences(fields):
     p = gpu_packed(**fields)
-    assert_close(triton(p), p.reference(), 2.5e-3)
+    assert_close(forward("triton", p), p.reference(), 2.5e-3)
     grad_out = make_grad_out(p)
     got, expected = gradients(p, grad_out), p.reference_gradients(grad_out)
     assert_gradients_close({name: got[name] for name in TENSORS}, expected, 5e-3)

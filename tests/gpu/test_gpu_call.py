@@ -44,9 +44,9 @@ def test_heuristic_default_is_feasible():
 
 
 @SCHEDULES
-def test_cuda_graph(schedule):
+def test_cuda_graph(backend, schedule):
     p = gpu_problem(batch=2, heads=4, seqlen_q=300)
-    launch = bound(p, schedule=schedule)
+    launch = bound(backend, p, schedule=schedule)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -64,7 +64,7 @@ def test_cuda_graph(schedule):
         assert torch.equal(out, launch())
 
 
-def test_cuda_graph_of_the_public_call():
+def test_cuda_graph_of_the_public_call(backend):
     p = gpu_problem(batch=2, heads=4, seqlen_q=300)
     lla_attention(p.q, p.k, p.v)
     graph = torch.cuda.CUDAGraph()
@@ -75,7 +75,7 @@ def test_cuda_graph_of_the_public_call():
     assert torch.equal(out, lla_attention(p.q, p.k, p.v))
 
 
-def test_torch_compile():
+def test_torch_compile(backend):
     p = gpu_problem(heads=4, kv_heads=2, seqlen_q=200)
 
     def layer(q, k, v):
@@ -87,7 +87,7 @@ def test_torch_compile():
         assert_close(compiled(p.q, p.k, p.v), expected.double(), 5e-3)
 
 
-def test_streams():
+def test_streams(backend):
     """Kernels go to the current stream: behind what it already holds, not behind the default stream's work."""
     p = gpu_problem(heads=4, seqlen_q=200)
     expected = lla_attention(p.q, p.k, p.v)
@@ -124,12 +124,12 @@ def test_devices_must_agree(argument):
 
 
 @SCHEDULES
-def test_extra_memory_is_linear_in_the_length(schedule):
+def test_extra_memory_is_linear_in_the_length(backend, schedule):
     """Peak memory beyond inputs and output; the window only keeps the longest run short."""
     extra = {}
     for seqlen in (1024, 4096, 16384, 65536):
         p = gpu_problem(seqlen_q=seqlen, window_size=128, ridge=4.0)
-        launch = bound(p, schedule=schedule)
+        launch = bound(backend, p, schedule=schedule)
         launch()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -138,16 +138,18 @@ def test_extra_memory_is_linear_in_the_length(schedule):
         torch.cuda.synchronize()
         extra[seqlen] = torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size()
         inputs = 4 * out.numel() * out.element_size()
-        assert extra[seqlen] <= (4096 if schedule == "fused" else 4 * inputs), extra
+        # Vectors of a fused kernel wait in memory only where CUDA's have no room in shared memory.
+        few = schedule == "fused" and backend == "triton"
+        assert extra[seqlen] <= (4096 if few else 4 * inputs), extra
     allocator_block = 2 << 20  # large requests are rounded up to it
     for seqlen, size in extra.items():
         assert size <= seqlen / 1024 * extra[1024] + allocator_block, extra
 
 
-def test_host_overhead_over_a_bare_launch():
+def test_host_overhead_over_a_bare_launch(backend):
     """The public call against its own executable; launches are few between synchronisations, so no queue fills up."""
     p = gpu_problem(batch=1, heads=2, seqlen_q=64)
-    executable = backends.get("triton").bind(plan(p.q, p.k, p.v))
+    executable = backends.get(backend).bind(plan(p.q, p.k, p.v))
     inputs = p.inputs()
 
     def bare():

@@ -8,7 +8,7 @@ from decode_problems import CASES
 from on_gpu import bound_decode, gpu_decode, gpu_decode_problem, gpu_problem, need_free_memory, poison_free_memory
 from problems import assert_close, relative_error
 
-from lla_compile import KVCache, clear_cache, lla_attention, lla_decode, lla_decode_workspace, plan
+from lla_compile import KVCache, lla_attention, lla_decode, lla_decode_workspace, plan
 from lla_compile.reference import lla_reference
 
 LIMIT = 2.5e-3
@@ -20,17 +20,7 @@ PAGES = pytest.mark.parametrize("page_size", [None, 16])
 EACH_SPLIT = pytest.mark.parametrize("num_splits", SPLITS)
 
 
-@pytest.fixture(params=["triton", "cuda"], autouse=True)
-def backend(request, always_clean, monkeypatch):
-    """Every test runs once for each, also where it names none."""
-    if request.param == "cuda":
-        from lla_compile.backends.cuda import runtime
-
-        if why := runtime.unavailable():
-            pytest.skip(why)
-    monkeypatch.setenv("LLA_COMPILE_BACKENDS", f"{request.param},eager")
-    clear_cache()
-    return request.param
+pytestmark = pytest.mark.usefixtures("backend")  # also where a test names none
 
 
 @functools.cache

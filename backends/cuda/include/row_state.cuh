@@ -2,8 +2,7 @@
 // holds, a thread has rows lane / 4 and lane / 4 + 8, and of every eight columns two. All numbers of a vector (rows x
 // width) stay with their thread, so that nothing but inner products crosses threads.
 #pragma once
-#include <sweep_arguments.cuh>
-#include <tile.cuh>
+#include <query_tile.cuh>
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -66,17 +65,21 @@ DEVICE Row sum_of_rows(F product) {
 // Numbers as left operands of a product: register i of step k has those of row i % 2, tile 2 k + i / 2.
 using Operand = uint32_t[4];
 
-// Which rows a warp holds, and where they are in memory.
+// Which rows a warp holds, and where they are in memory: all of it follows from the tile, and takes no registers.
 struct Rows {
-    int first;                  // the number of the warp's first row within its sequence
-    int length;                 // of the sequence
-    const int64_t* memory_row;  // of row 0 of the sequence, where tensors are dense
+    const QueryTile& tile;
 
     DEVICE static int lane() { return threadIdx.x % 32; }
-    DEVICE int number(int r) const { return first + lane() / 4 + 8 * r; }
-    DEVICE bool exists(int r) const { return number(r) < length; }
     DEVICE static int column(int n) { return 8 * n + 2 * (lane() % 4); }
-    DEVICE int64_t dense(int r, int width) const { return (*memory_row + number(r)) * width; }
+    // Within its sequence.
+    DEVICE int number(int r) const {
+        int thread = thread_anew();
+        return tile.first_row + thread / 32 * 16 + thread % 32 / 4 + 8 * r;
+    }
+    DEVICE bool exists(int r) const { return number(r) < tile.queries; }
+    // Where tensors are dense.
+    DEVICE int64_t memory_row(int r) const { return tile.memory_row + number(r); }
+    DEVICE int64_t dense(int r, int width) const { return memory_row(r) * width; }
 };
 
 // Write numbers of rows, if there is a place for them.
@@ -85,7 +88,7 @@ DEVICE void store(T* to, const Row& value, const Rows& rows) {
     if (!to || rows.lane() % 4) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-        if (rows.exists(r)) to[*rows.memory_row + rows.number(r)] = T(value[r]);
+        if (rows.exists(r)) to[rows.memory_row(r)] = T(value[r]);
     }
 }
 
@@ -115,7 +118,6 @@ struct InMemory {
         }
     }
     DEVICE void store(const Vector<WIDTH>& from) const {
-        if (!base) return;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float* to = base + rows.dense(r, LOADED) + rows.column(0);
@@ -124,8 +126,9 @@ struct InMemory {
             for (int n = 0; n < WIDTH / 8; ++n) {
                 int left = LOADED - rows.column(n);
                 if (LOADED % 2 == 0) {
-                    if (LOADED < WIDTH && left <= 0) break;
-                    *reinterpret_cast<float2*>(to + 8 * n) = {from.x[n][2 * r], from.x[n][2 * r + 1]};
+                    if (LOADED == WIDTH || left > 0) {
+                        *reinterpret_cast<float2*>(to + 8 * n) = {from.x[n][2 * r], from.x[n][2 * r + 1]};
+                    }
                 } else {
                     if (left > 0) to[8 * n] = from.x[n][2 * r];
                     if (left > 1) to[8 * n + 1] = from.x[n][2 * r + 1];
@@ -162,8 +165,9 @@ struct Parked {
     }
 };
 
-// Where a vector waits: the first PARKED ones in shared memory, and there is a copy in memory if it is asked for.
-template <int SLOT>
+// Where a vector waits: the first PARKED ones in shared memory, the others in memory. One that IS_RESULT is copied to
+// memory if it is asked for.
+template <int SLOT, bool IS_RESULT>
 struct Waiting {
     InMemory<BLOCK_D, HEAD_DIM> memory;
     Parked<BLOCK_D> parked;
@@ -181,12 +185,46 @@ struct Waiting {
     }
     DEVICE void store(const Vector<BLOCK_D>& from) const {
         if constexpr (SLOT < PARKED) parked.store(from);
-        memory.store(from);
+        if (SLOT >= PARKED || IS_RESULT && memory.base) memory.store(from);
+        sync_warp();
+    }
+};
+
+// Where numbers of rows wait: the first PARKED_ROWS in shared memory, where threads that share a row have one place; the
+// others keep their registers.
+template <int SLOT>
+struct WaitingRow {
+    Row held;
+    float* parked;  // of the block
+
+    template <class Group>
+    DEVICE explicit WaitingRow(const Group& group) : parked(SLOT < PARKED_ROWS ? group.parked_row(SLOT) : nullptr) {}
+
+    DEVICE float* place() const {
+        int thread = thread_anew();
+        return parked + thread / 32 * 16 + thread % 32 / 4;
+    }
+    DEVICE void load(Row& to) const {
+        if constexpr (SLOT < PARKED_ROWS) {
+            const float* from = place();
+            to = {from[0], from[8]};
+        } else {
+            to = held;
+        }
+    }
+    DEVICE void store(const Row& from) {
+        if constexpr (SLOT < PARKED_ROWS) {
+            sync_warp();  // all have read what was there
+            float* to = place();
+            if (Rows::lane() % 4 == 0) to[0] = from[0], to[8] = from[1];
+            sync_warp();
+        } else {
+            held = from;
+        }
     }
 };
 
 // A tile of this warp's 16 rows within rows that lie as tiles do: `tile` is where the first of `GROUP_ROWS` rows is.
-template <int GROUP_ROWS>
 struct RowTile {
     static constexpr int PANEL = BLOCK_D < 64 ? BLOCK_D : 64;
     static constexpr int PANEL_CHUNKS = PANEL / CHUNK;
@@ -214,11 +252,10 @@ struct RowTile {
 
 // A vector as tile products take it: the nearest sum of TERMS numbers of the input type. One term is in registers; of two
 // there would be too many, and products find them in shared memory.
-template <int GROUP_ROWS>
 struct Rounded {
     static constexpr bool IN_REGISTERS = TERMS == 1;
     Operand registers[IN_REGISTERS ? BLOCK_D / 16 : 1];
-    RowTile<GROUP_ROWS> high, low;
+    RowTile high, low;
 
     // Numbers i and i + 1 of tile n, i even, of the first term.
     DEVICE uint32_t pair(int n, int i) const {

@@ -5,51 +5,17 @@
 // scores of the next tile become weights.
 #pragma once
 #include <ptx_sm90.cuh>
-#include <query_tile.cuh>
-#include <row_state.cuh>
+#include <row_group.cuh>
+#include <weights.cuh>
 
-constexpr int GROUP = 128;
-constexpr int GROUP_ROWS = 64;
-constexpr int ROW_GROUPS = BLOCK_Q / GROUP_ROWS;
 constexpr int THREADS = GROUP * (ROW_GROUPS + 1);
-constexpr int STEPS = BLOCK_K / 16;
-constexpr int STAGE_BYTES = KeyTile::BYTES > ValueTile::BYTES ? KeyTile::BYTES : ValueTile::BYTES;
 // Of a multiprocessor's 65536 registers, in eights for each thread.
-constexpr int COPY_REGISTERS = ROW_GROUPS == 3 ? 32 : 40;
-constexpr int ROW_REGISTERS = BLOCKS == 2 ? 216 : ROW_GROUPS == 3 ? 160 : ROW_GROUPS == 2 ? 232 : 240;
+constexpr int COPY_REGISTERS = ROW_GROUPS == 3 ? 32 : 24;
+constexpr int ROW_REGISTERS = ROW_GROUPS == 3 ? 160 : BLOCKS == 2 ? 232 : 240;
 
-using QueryRows = RowTile<GROUP_ROWS>;
-using Direction = Rounded<GROUP_ROWS>;
-
-constexpr int OPERANDS_OF_ROWS = TERMS == 2 ? 3 : 1;
-constexpr int PARKED_BYTES = 4 * ROW_GROUPS * Parked<BLOCK_D>::BYTES_OF_WARP;
-
-struct Shared {
-    uint8_t stages[STAGES][STAGE_BYTES];
-    uint8_t rows[OPERANDS_OF_ROWS * ROW_GROUPS * QueryRows::BYTES + PARKED * PARKED_BYTES];  // and what waits
+struct Shared : SharedRows {
     uint64_t full[STAGES], empty[STAGES];
-    int flags[2][4 * ROW_GROUPS];
-    QueryTile tile;
-
-    // An operand of a group: its queries, and the terms of a rounded vector.
-    DEVICE uint8_t* operand(int number, int group) {
-        return rows + (number * ROW_GROUPS + group) * QueryRows::BYTES;
-    }
-    DEVICE uint8_t* parked(int vector, int warp) {
-        return operand(OPERANDS_OF_ROWS, 0) + vector * PARKED_BYTES + warp * Parked<BLOCK_D>::BYTES_OF_WARP;
-    }
 };
-
-template <bool VALUES>
-struct Streamed {
-    using Tile = KeyTile;
-};
-template <>
-struct Streamed<true> {
-    using Tile = ValueTile;
-};
-template <bool VALUES>
-using StreamedTile = typename Streamed<VALUES>::Tile;
 
 // Which stage the next tile has, and how often the stages have been gone through.
 struct Turn {
@@ -59,31 +25,6 @@ struct Turn {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
 };
-
-// What groups of rows still want, as bits: all threads of the block say so together, once before every turn of a loop.
-struct Flags {
-    int mine, all;  // of the calling thread's group, and of any
-
-    DEVICE bool wants(int bit) const { return mine >> bit & 1; }
-    DEVICE bool none() const { return !all; }
-};
-
-DEVICE Flags vote(int flags, Shared& shared, int& parity) {
-    int warp = threadIdx.x / 32, mine = 0, all = 0;
-    if (warp < 4 * ROW_GROUPS) {
-        int seen = any_lane(flags);
-        if (Rows::lane() == 0) shared.flags[parity][warp] = seen;
-    }
-    sync_block();
-#pragma unroll
-    for (int other = 0; other < 4 * ROW_GROUPS; ++other) {
-        int seen = shared.flags[parity][other];
-        all |= seen;
-        if (other / 4 == warp / 4) mine |= seen;
-    }
-    parity ^= 1;
-    return {any_lane(mine), any_lane(all)};
-}
 
 // ---- the warps that copy ----
 
@@ -148,6 +89,12 @@ DEVICE void hold_all(uint32_t (&x)[COUNT][4]) {
     }
 }
 
+template <int T>
+DEVICE void hold_weights(Weights<T>& weights) {
+#pragma unroll
+    for (int t = 0; t < T; ++t) hold_all(weights.of[t]);
+}
+
 // Rows that lie as tiles do in panels of 64 columns, as an operand of products with other rows; of it, the 16 columns of
 // a step are so much further.
 DEVICE uint64_t describe_rows(uint32_t tile) { return describe_operand(tile, 128, 0); }
@@ -157,109 +104,17 @@ DEVICE uint64_t further(uint64_t descriptor, uint32_t units) {
     return descriptor & 0xffffffff00000000ull | uint32_t(uint32_t(descriptor) + units);
 }
 
-// p becomes weight(p, t - center).
-template <class F>
-DEVICE void combine(float (&p)[BLOCK_K / 8][4], const float (&t)[BLOCK_K / 8][4], const Row& center, F weight) {
-#pragma unroll
-    for (int n = 0; n < BLOCK_K / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) p[n][i] = weight(p[n][i], t[n][i] - center[i / 2], i / 2);
-    }
-}
-
-// The weights of a tile of keys, as the left operand of products.
-template <int T>
-struct Weights {
-    uint32_t of[T][STEPS][4];
-
-    // Returns their sums over the thread's columns, as products see them.
-    DEVICE Row set(const float (&p)[BLOCK_K / 8][4]) {
-        Row sums = {0, 0};
-#pragma unroll
-        for (int n = 0; n < BLOCK_K / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; i += 2) {
-                float x = p[n][i], y = p[n][i + 1];
-                uint32_t pair = pack(x, y);
-                int at = n % 2 * 2 + i / 2;
-                of[0][n / 2][at] = pair;
-                if constexpr (T == 2) {
-                    of[1][n / 2][at] = pack(x - low_half(pair), y - high_half(pair));
-                    sums[i / 2] += x + y;
-                } else {
-                    sums[i / 2] += low_half(pair) + high_half(pair);
-                }
-            }
-        }
-        return sums;
-    }
-
-    DEVICE void hold_registers() {
-#pragma unroll
-        for (int t = 0; t < T; ++t) hold_all(of[t]);
-    }
-};
-
 // 64 rows of a block and the sweeps that stream keys past them.
-struct Group {
-    const SweepArguments& g;
+struct Group : RowGroup {
     Shared& shared;
-    const QueryTile& tile;
-    int number;
-    Rows rows;
-    QueryRows q;
-    TileRange range;
-    float scale_log2;
     Turn turn = {};
-    int parity = 0;
 
-    DEVICE Group(const SweepArguments& g, Shared& shared)
-        : g(g), shared(shared), tile(shared.tile), number(uniform(threadIdx.x / GROUP)) {
-        int warp = threadIdx.x / 32, first = tile.first_row + GROUP_ROWS * number;
-        rows = {tile.first_row + 16 * warp, tile.queries, &tile.memory_row};
-        q = {shared.operand(0, number), warp % 4 * 16};
-        range = tile.tiles_of<GROUP_ROWS>(first, tile.first_key / BLOCK_K);
-        scale_log2 = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
-        load_rows(tile.cache(g.q, g.q_strides, tile.head, tile.q_start), first);
-    }
+    DEVICE Group(const SweepArguments& g, Shared& shared) : RowGroup(g, shared), shared(shared) { show_rows(); }
 
-    DEVICE void load_rows(const Cache& from, int first) {
-        constexpr int CHUNKS = BLOCK_D / CHUNK;
-#pragma unroll 1
-        for (int at = threadIdx.x % GROUP; at < GROUP_ROWS * CHUNKS; at += GROUP) {
-            int row = at / CHUNKS, chunk = at % CHUNKS, left = HEAD_DIM - chunk * CHUNK;
-            TileCopy<KeyTile, GROUP>::copy_chunk(shared_address(q.tile) + QueryRows::offset(row, chunk),
-                                                 from.base + (first + row) * from.row_stride + chunk * CHUNK,
-                                                 first + row < tile.queries, left < CHUNK ? left > 0 ? left : 0 : CHUNK);
-        }
-        commit_copies();
-        wait_copies<0>();
+    // What the group's threads have written to its rows is there for products.
+    DEVICE void show_rows() {
         show_to_products();
-        sync_group(number);
-    }
-
-    DEVICE Flags vote(int flags) { return ::vote(flags, shared, parity); }
-
-    // Row numbers that are given as one number or as a tensor.
-    DEVICE Row given(const float* from, float number_of_all, const int64_t (&strides)[3]) const {
-        Row made;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            made[r] = number_of_all;
-            if (from && rows.exists(r)) {
-                made[r] = from[tile.batch * strides[0] + tile.head * strides[1] +
-                               (tile.q_start + rows.number(r)) * strides[2]];
-            }
-        }
-        return made;
-    }
-
-    DEVICE uint8_t* parked(int vector) const { return shared.parked(vector, threadIdx.x / 32); }
-    DEVICE Direction rounded() const {
-        Direction made;
-        made.high = {shared.operand(TERMS == 2 ? 1 : 0, number), q.first};
-        made.low = {shared.operand(TERMS == 2 ? 2 : 0, number), q.first};
-        return made;
+        sync_group(number());
     }
 
     // ---- the ring ----
@@ -338,24 +193,6 @@ struct Group {
         }
     }
 
-    // Scores of pairs that do not see each other become -inf.
-    DEVICE void mask(float (&s)[BLOCK_K / 8][4], int at) {
-        int first = tile.first_key + at * BLOCK_K + Rows::column(0);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            int stop = tile.seen_stop(rows.number(r)) - first, start = tile.first_seen(rows.number(r)) - first;
-#pragma unroll
-            for (int n = 0; n < BLOCK_K / 8; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    int key = 8 * n + i;
-                    bool seen = key < stop && (!WINDOWED || key >= start);
-                    if (!seen) s[n][2 * r + i] = -INFINITE;
-                }
-            }
-        }
-    }
-
     // One pass over the keys:
     //     sum[i] = sum over j of weight(p[i, j], t[i, j], r) times key or value j, where t = row . k_j - center
     // with T terms of what is computed. `softmax` makes p of scores, SECOND says whether there is a row at all.
@@ -363,12 +200,11 @@ struct Group {
     DEVICE void stream(Vector<WIDTH>& sum, Softmax& softmax, Direction* row, const Row& center, F weight) {
         constexpr int EACH = VALUES ? 2 : 1;
         using Operands = StreamedTile<VALUES>;
+        // Worked out anew in every pass: between them it would take registers that rows' updates need.
+        TileRange range = tile.tiles_of<GROUP_ROWS>(tile.first_row + GROUP_ROWS * number(), tile.first_key / BLOCK_K);
         int begin = max(range.begin, 0), end = max(range.end, begin);
         assign(sum, [](int, int) { return 0.0f; });
-        if constexpr (SECOND && !Direction::IN_REGISTERS) {  // the row's terms are there
-            show_to_products();
-            sync_group(number);
-        }
+        if constexpr (SECOND && !Direction::IN_REGISTERS) show_rows();
         pass(begin * EACH);
         if (begin < end) {
             float s[BLOCK_K / 8][4], t[BLOCK_K / 8][4];
@@ -394,7 +230,7 @@ struct Group {
                 wait_for(turn);
                 if (VALUES) wait_for(held);
                 hold_all(sum.x);
-                weights.hold_registers();
+                hold_weights(weights);
                 if constexpr (SECOND) hold_all(row->registers);
                 begin_products();
                 start_rows<false>(s, q.tile, turn);
@@ -418,7 +254,7 @@ struct Group {
                 // Rounded only now: no operand of a product may be made while others run.
                 wait_product_groups<0>();
                 hold_all(sum.x);
-                weights.hold_registers();
+                hold_weights(weights);
                 release(held);
                 softmax.rescale(sum);
                 softmax.add(weights.set(s));
@@ -428,7 +264,7 @@ struct Group {
             }
             if (VALUES) wait_for(held);
             hold_all(sum.x);
-            weights.hold_registers();
+            hold_weights(weights);
             begin_products();
             start_sum<Operands>(sum, weights, held);
             commit_products();
@@ -437,6 +273,6 @@ struct Group {
             release(held);
         }
         pass((tile.key_tiles - end) * EACH);
-        if constexpr (SECOND && !Direction::IN_REGISTERS) sync_group(number);
+        if constexpr (SECOND && !Direction::IN_REGISTERS) sync_group(number());
     }
 };

@@ -1,0 +1,177 @@
+"""The CUDA kernels of the forward pass compiled for GPUs that are not here: what the machine code tells."""
+
+import importlib.util
+from dataclasses import dataclass, replace
+
+import pytest
+from compiled import NEEDS_NVRTC
+
+from lla_compile import backends
+from lla_compile.backends.cuda import compiler, sweep_kernels
+from lla_compile.devices import DeviceInfo, known_devices, resolve
+from lla_compile.plans import KernelConfig
+from lla_compile.prediction.cubin import Cubin
+from lla_compile.spec import LLASpec
+
+NEEDS_CUOBJDUMP = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton brings cuobjdump")
+BACKEND = backends.get("cuda")
+GPUS = [device for device in known_devices() if not device.is_cpu]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The heuristic default of a device, or tiles of (queries, keys) in so many stages."""
+
+    gpu: str
+    head_dim: int
+    precision: str = "fast"
+    tile: tuple[int, int, int] | None = None
+    dtype: str = "bfloat16"
+    window_size: int | None = None
+    head_dim_v: int | None = None
+
+    def __str__(self) -> str:
+        parts = (self.gpu, self.head_dim, self.head_dim_v, self.precision, self.tile, self.dtype, self.window_size)
+        return "-".join(str(part) for part in parts if part)
+
+    @property
+    def device(self) -> DeviceInfo:
+        return resolve(self.gpu)
+
+    @property
+    def spec(self) -> LLASpec:
+        spec = LLASpec.self_attention(
+            self.dtype, self.head_dim, 4096, 32, precision=self.precision, window_size=self.window_size
+        )
+        return replace(spec, head_dim_v=self.head_dim_v or self.head_dim)
+
+    @property
+    def config(self) -> KernelConfig:
+        default = BACKEND.default_config(self.spec, self.device)
+        if self.tile is None:
+            return default
+        block_q, block_k, num_stages = self.tile
+        config = replace(default, block_q=block_q, block_k=block_k, num_stages=num_stages)
+        config = sweep_kernels.with_warps(config, sweep_kernels.path(self.spec, self.device))
+        assert BACKEND.infeasible(self.spec, config, self.device) is None
+        return config
+
+    @property
+    def kernel(self):
+        return sweep_kernels.kernel(self.spec, self.config, self.device)
+
+
+CASES = [
+    Case("h200", 128),
+    Case("h200", 128, tile=(128, 64, 4), dtype="float16", window_size=512),
+    Case("h200", 128, tile=(64, 64, 3)),
+    Case("h200", 128, "accurate"),
+    Case("h200", 128, "accurate", tile=(128, 64, 4), head_dim_v=40),
+    Case("h200", 64),
+    Case("h200", 64, tile=(192, 64, 4)),
+    Case("h200", 64, "accurate"),
+    Case("h200", 16, "accurate"),
+    Case("a100", 128),
+    Case("a100", 128, "accurate"),
+    Case("a100", 64, tile=(128, 64, 3), dtype="float16"),
+    Case("a100", 64, "accurate"),
+    Case("l4", 128),
+    Case("l4", 64, "accurate"),
+    Case("b200", 128, "accurate"),
+    Case("rtx5090", 128, "accurate"),
+    Case("rtx5090", 40),
+]
+EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """A function from case to cubin."""
+    known = {}
+
+    def compile_case(case: Case) -> Cubin:
+        if case not in known:
+            kernel = case.kernel
+            defines = kernel.defines | {"ALIGNED": "1"}
+            binary = compiler.compile_kernel(kernel.source, defines, case.device.compute_capability, kernel.printed)
+            known[case] = Cubin(kernel.name, kernel.threads // 32, kernel.shared, binary)
+        return known[case]
+
+    return compile_case
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cubins")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(compiler, "_cache_folder", lambda: folder)
+    yield
+    patch.undo()
+
+
+@NEEDS_NVRTC
+@NEEDS_CUOBJDUMP
+@EVERY_CASE
+def test_registers_and_spills(case, compiled):
+    """As many blocks as are meant to fit on a multiprocessor, and nothing lives in local memory."""
+    kernel, cubin, device = case.kernel, compiled(case), case.device
+    assert cubin.stack == 0
+    blocks = int(kernel.defines["BLOCKS"])
+    assert blocks * cubin.registers * kernel.threads <= device.registers_per_sm
+    assert kernel.shared <= device.shared_memory_per_block
+    assert blocks * (kernel.shared + 1024) <= device.shared_memory_per_sm
+
+
+@NEEDS_NVRTC
+@NEEDS_CUOBJDUMP
+@EVERY_CASE
+def test_tensor_cores(case, compiled):
+    """Every pass multiplies in its loop; tiles are copied asynchronously, and no wgmma is waited for by itself."""
+    cubin = compiled(case)
+    wgmma = sweep_kernels.path(case.spec, case.device) is sweep_kernels.WGMMA
+    products = "HGMMA" if wgmma else "HMMA"
+    assert bool(cubin.count("HGMMA")) == wgmma and cubin.count("LDGSTS")
+    loops = [loop for loop in cubin.loops if loop[products]]
+    assert len(loops) == (3 if case.precision == "fast" else 4)
+    if wgmma:
+        addresses = [address for address, name, _ in cubin.instructions if name.startswith("WARPGROUP.DEPBAR")]
+        for loop in loops:
+            assert sum(loop.start <= address <= loop.stop for address in addresses) <= 3
+
+
+@pytest.mark.parametrize("device", GPUS, ids=lambda device: device.id)
+@pytest.mark.parametrize("precision", ["fast", "accurate"])
+@pytest.mark.parametrize("head_dim", [1, 16, 32, 40, 64, 96, 128])
+def test_heuristic_default_and_alternatives_are_feasible(device, precision, head_dim):
+    for head_dim_v in (head_dim, 5, 128):
+        spec = replace(Case("h200", head_dim, precision).spec, head_dim_v=head_dim_v)
+        configs = (BACKEND.default_config(spec, device), *BACKEND.alternatives(spec, device))
+        assert len(set(configs)) == len(configs) > 1
+        assert all(BACKEND.infeasible(spec, config, device) is None for config in configs)
+
+
+@pytest.mark.parametrize("gpu, precision, knobs, part", [
+    ("h200", "fast", dict(num_stages=20), "shared memory"),
+    ("h200", "fast", dict(num_stages=2), "num_stages must be at least 3"),
+    ("h200", "fast", dict(num_warps=8), "128 queries take 12 warps"),
+    ("h200", "fast", dict(block_q=192, num_warps=16), "registers > 160"),
+    ("h200", "fast", dict(block_k=48), "(32, 64, 96) keys, got 128 and 48"),
+    ("h200", "fast", dict(schedule="split"), "schedule fused"),
+    ("a100", "fast", dict(num_warps=8), "64 queries take 4 warps"),
+    ("a100", "fast", dict(num_stages=1), "num_stages must be at least 2"),
+    ("l4", "accurate", dict(block_q=128, num_warps=8, num_stages=2), "shared memory"),
+])  # fmt: skip
+def test_infeasible_says_why(gpu, precision, knobs, part):
+    case = Case(gpu, 128, precision)
+    assert part in BACKEND.infeasible(case.spec, replace(case.config, **knobs), case.device)
+
+
+@pytest.mark.parametrize("fields, part", [
+    (dict(phase="backward"), "not for phase backward"),
+    (dict(dtype="float32"), "no float32 kernel"),
+    (dict(head_dim=129), "at most 128"),
+    (dict(head_dim_v=129), "at most 128"),
+    (dict(num_sequences=3, batch=1), "no packed sequences"),
+])  # fmt: skip
+def test_unsupported_says_why(fields, part):
+    assert part in BACKEND.unsupported(replace(Case("h200", 64).spec, **fields), resolve("h200"))
