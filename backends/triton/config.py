@@ -51,10 +51,10 @@ _WIDE_KEYS_PREFERENCE = ((16, 64, 4, 2), *_KEYS_PREFERENCE)
 # Operators that solve nothing have no row state to park: their forward sweep has two accumulators and two scores, the
 # one of their backward pass that holds rows two and three. Rows of two warpgroups share a key tile.
 # Where operands come through registers, square tiles of that size spill.
-_SQUARE = (128, 128, 8, 2)
+_SQUARE = (128, 128, 8, 3)
 _MEAN_PREFERENCE = {
-    ("forward", False): (_SQUARE, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("forward", True): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
+    ("forward", False): (_SQUARE, (64, 64, 4, 3), (128, 64, 8, 3)),
+    ("forward", True): ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
     ("backward", False): ((64, 64, 4, 3),),
     ("backward", True): ((64, 32, 4, 3),),
 }
