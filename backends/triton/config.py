@@ -58,6 +58,8 @@ _MEAN_PREFERENCE = {
     ("backward", False): ((64, 64, 4, 3),),
     ("backward", True): ((64, 32, 4, 3),),
 }
+# Past 64 dimensions the sums, the scores and the branch that rescales spill on sm_100 with 64 keys a tile.
+_SM100_WIDE_FORWARD = ((128, 32, 8, 3), (64, 32, 4, 3))
 _SHARED_ROWS = ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))  # of heads past 128, whose accumulators need the warps
 _MEAN_KEYS_PREFERENCE = ((32, 64, 4, 3),)
 
@@ -69,6 +71,8 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     keys_shapes = _WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE
     if not spec.solves:
         own = (shape for shape in _MEAN_PREFERENCE[spec.phase, wide] if shape != _SQUARE or _has_warpgroups(device))
+        if wide and spec.phase == "forward" and device.compute_capability == "10.0":
+            own = _SM100_WIDE_FORWARD
         shapes = (*own, *shapes[:-1], *_SHARED_ROWS, shapes[-1])
         keys_shapes = (*_MEAN_KEYS_PREFERENCE, *keys_shapes)
     if not _holds_keys(spec):
