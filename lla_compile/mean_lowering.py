@@ -60,8 +60,8 @@ def softmax_forward() -> SweepList:
 def parallax_forward() -> SweepList:
     """One sweep: the weights enter one product with the values, the weights times a_j another.
 
-    a_j is relative to the mean so far, which is r.kbar at the end, so that rounding P a_j costs no more than rounding P
-    does, whatever offset the keys share.
+    a_j is relative to a mean of those so far, and at the end to r.kbar, so that rounding P a_j costs about what
+    rounding P does, whatever offset the keys share.
     """
     return SweepList(
         name="parallax_forward",

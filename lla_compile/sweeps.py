@@ -31,9 +31,10 @@ class Score:
 
     ``seeded`` has the product's sum start at -center: for centres that no more than the product itself cancels against.
 
-    ``mean`` names a ROW that an "online" sweep keeps while it streams: the mean of the product under the weights so
-    far. The score is relative to it, the tile's own products included, and what earlier tiles have left in the
-    accumulators ``about`` others is moved along.
+    ``mean`` names a ROW that an "online" sweep keeps while it streams and that ends as the mean of the product under
+    all weights. The score is relative to it, to a weighted mean of products of the first tile on: a backend is free to
+    move it with every tile or when it rescales, and what earlier tiles have left in the accumulators ``about`` others
+    is moved along.
     """
 
     name: str

@@ -51,6 +51,22 @@ def test_an_offset_of_the_keys_costs_no_digits():
     assert_close(attend(*p.tensors), p.reference(), 5e-4)
 
 
+@TYPES
+@pytest.mark.parametrize("growth", [0.0, 3.0, 30.0])
+def test_maxima_that_grow_along_the_keys(growth, dtype, limit):
+    """Tiles that rescale follow tiles that do not, and the other way round, in some rows of a block alone."""
+    p = make_parallax_problem(90, dtype=dtype, offset=2.0)
+    q, r, k, v = p.tensors
+    k = k * (1 + growth * torch.linspace(0, 1, 90)[:, None]).to(dtype)
+    inputs = {"q": q, "r": r, "k": k, "v": v, "scale": 0.25}
+    run = _bound("parallax", "forward", p, KernelConfig("triton", "fused", 32, 16, None, 1, 1))
+    out, probe_mean = run(inputs, ("out", "probe_mean")).values()
+    assert_close(out, parallax_reference(q, r, k, v), limit)
+    masked = (0.25 * q.double() @ k.double().mT).masked_fill(torch.ones(90, 90).triu(1) > 0, float("-inf"))
+    expected = (masked.softmax(-1) * (r.double() @ k.double().mT)).sum(-1)
+    assert_close(probe_mean.view_as(expected), expected, 2e-6)
+
+
 @pytest.mark.parametrize("schedule", ["fused", "split"])
 def test_schedules_of_the_backward_pass(schedule):
     p = make_parallax_problem(40)

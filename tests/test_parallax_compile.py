@@ -77,3 +77,8 @@ def test_parts_and_one_part_are_other_kernels():
     config = BACKEND.default_config(spec, device)
     hashes = {BACKEND.source_hash(spec, replace(config, num_splits=splits)) for splits in (1, 2, 3)}
     assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("phase", ["forward", "decode"])
+def test_kernels_of_operators_that_solve_are_not_offered(phase):
+    assert "parallax" in backends.get("cuda").unsupported_spec(make_spec(phase, 64), resolve("h200"))

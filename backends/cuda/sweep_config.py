@@ -22,6 +22,8 @@ def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
     """Why no configuration can run the spec on the device, or None."""
     if spec.phase not in _PHASES:
         return f"it has kernels for decoding and the forward pass, not for phase {spec.phase}"
+    if not spec.solves:
+        return f"its forward kernels are of operators that solve, not of {spec.op}"
     if spec.dtype not in _DTYPES:
         return f"it has no {spec.dtype} kernel for the forward pass"
     widest = max(spec.head_dim, spec.head_dim_v)

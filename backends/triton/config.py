@@ -51,13 +51,15 @@ _WIDE_KEYS_PREFERENCE = ((16, 64, 4, 2), *_KEYS_PREFERENCE)
 # Operators that solve nothing have no row state to park: their forward sweep has two accumulators and two scores, the
 # one of their backward pass that holds rows two and three. Rows of two warpgroups share a key tile.
 # Where operands come through registers, square tiles of that size spill.
-_SQUARE = (128, 128, 8, 2)
+_SQUARE = (128, 128, 8, 3)
 _MEAN_PREFERENCE = {
-    ("forward", False): (_SQUARE, (128, 64, 8, 3), (64, 64, 4, 3)),
-    ("forward", True): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3)),
+    ("forward", False): (_SQUARE, (64, 64, 4, 3), (128, 64, 8, 3)),
+    ("forward", True): ((128, 64, 8, 3), (64, 64, 4, 2), (128, 64, 8, 2), (64, 32, 4, 3)),
     ("backward", False): ((64, 64, 4, 3),),
     ("backward", True): ((64, 32, 4, 3),),
 }
+# Past 64 dimensions the sums, the scores and the branch that rescales spill on sm_100 with 64 keys a tile.
+_SM100_WIDE_FORWARD = ((128, 32, 8, 3), (64, 32, 4, 3))
 _SHARED_ROWS = ((32, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1))  # of heads past 128, whose accumulators need the warps
 _MEAN_KEYS_PREFERENCE = ((32, 64, 4, 3),)
 
@@ -69,6 +71,8 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     keys_shapes = _WIDE_KEYS_PREFERENCE if wide else _KEYS_PREFERENCE
     if not spec.solves:
         own = (shape for shape in _MEAN_PREFERENCE[spec.phase, wide] if shape != _SQUARE or _has_warpgroups(device))
+        if wide and spec.phase == "forward" and device.compute_capability == "10.0":
+            own = _SM100_WIDE_FORWARD
         shapes = (*own, *shapes[:-1], *_SHARED_ROWS, shapes[-1])
         keys_shapes = (*_MEAN_KEYS_PREFERENCE, *keys_shapes)
     if not _holds_keys(spec):

@@ -122,7 +122,8 @@ class SweepPrinter:
             out.add("row_sum = tl.zeros([BLOCK_Q], tl.float32)")
         for name in dict.fromkeys(a.name for a in sweep.accumulators):
             out.add(f"{name} = tl.zeros([{side.held_block}, {self.width(name)[1]}], tl.float32)")
-        for name in filter(None, (*(a.row_sum for a in sweep.accumulators), *(s.mean for s in sweep.scores))):
+        means = [name for s in sweep.scores if s.mean for name in (s.mean, f"{s.mean}_moment")]
+        for name in filter(None, (*(a.row_sum for a in sweep.accumulators), *means)):
             out.add(f"{name} = tl.zeros([{side.held_block}], tl.float32)")
 
     def stream_keys(self, sweep: Sweep) -> None:
@@ -141,6 +142,8 @@ class SweepPrinter:
         if sweep.means():
             # A number is positive (see the launcher): the maximum is taken of bare scores, and the exponent is one FMA.
             out.add("factor = 1.0 if SCALE_TENSOR else scale_log2")
+            # Weights stay below 2 ** SLACK: float16 products with them must not overflow.
+            out.add("SLACK: tl.constexpr = 4.0 if k_ptr.dtype.element_ty == tl.float16 else 8.0")
         self.start_sums(sweep)
         self.segments(sweep)
         for name in rounded_rows:
@@ -163,6 +166,8 @@ class SweepPrinter:
         """The accumulators' final value."""
         out = self.out
         if sweep.softmax == "online":
+            for score in filter(lambda score: score.mean, sweep.scores):
+                self._move_mean(sweep, score, f"{score.mean}_moment", "row_sum")
             out.add("row_sum = tl.where(row_valid, row_sum, 0.0)")
             return
         out.open("if WEIGHT_SHIFT != 0:")
@@ -252,23 +257,17 @@ class SweepPrinter:
         out.add(f"{attention} *= scale_log2")
         out.close()
         self._mask(side, attention)
-        out.add(f"new_max = tl.maximum(row_max, tl.max({attention}, axis=1) * factor)")
-        self._finite_max()
+        out.add(f"tile_max = tl.max({attention}, axis=1) * factor")
+        # One branch for the whole block, which most tiles do not take: they leave the accumulators as they are.
+        out.open("if tl.max((tile_max > row_max + SLACK).to(tl.int32), axis=0) > 0:")
+        self._rescale(sweep, attention)
+        out.close()
+        self._finite_max("row_max")
         out.add(f"p = tl.exp2({attention} * factor - finite_max[:, None])")
-        out.add("rescale = tl.exp2(row_max - finite_max)")
-        out.add("row_max = new_max")
-        out.add("tile_sum = tl.sum(p, axis=1)")
-        out.add("row_sum = row_sum * rescale + tile_sum")
-        for accumulator in sweep.accumulators:
-            out.add(f"{accumulator.name} *= rescale[:, None]")
+        out.add("row_sum += tl.sum(p, axis=1)")
         for score in filter(lambda score: score.mean, sweep.scores):
-            out.add(f"moved = tl.sum(p * {score.name}, axis=1) - tile_sum * {score.mean}")
-            out.add("moved = moved / tl.maximum(row_sum, 1e-30)  # a row without a key so far has no weight either")
-            out.add(f"{score.mean} += moved")
             out.add(f"{score.name} -= {score.mean}[:, None]")
-            for accumulator in sweep.accumulators:
-                if accumulator.about and score.name in accumulator.weight.symbols():
-                    out.add(f"{accumulator.name} -= moved[:, None] * {accumulator.about}")
+            out.add(f"{score.mean}_moment += tl.sum(p * {score.name}, axis=1)")
         weights = []
         for number, accumulator in enumerate(sweep.accumulators):
             weights.append("p" if accumulator.weight == P else f"weight_{number}")
@@ -277,6 +276,37 @@ class SweepPrinter:
             self.terms(weights[-1])
         for accumulator, weight in zip(sweep.accumulators, weights):
             self._accumulate(accumulator, weight)
+
+    def _rescale(self, sweep: Sweep, attention: str) -> None:
+        """Make the sums so far relative to the maximum with this tile, and scores to a mean of those so far.
+
+        Which mean only matters for how small scores are. The tile's own count by weights that fall linearly with the
+        attention score, which cost fewer registers than its softmax weights; ``end_sums`` makes the means exact.
+        """
+        out = self.out
+        out.add("new_max = tl.maximum(row_max, tile_max)")
+        self._finite_max("new_max")
+        out.add("rescale = tl.exp2(row_max - finite_max)")
+        out.add("row_max = new_max")
+        out.add("row_sum *= rescale")
+        for accumulator in sweep.accumulators:
+            out.add(f"{accumulator.name} *= rescale[:, None]")
+        out.add(f"near = tl.maximum({attention} * (factor / SLACK) + (1.0 - finite_max / SLACK)[:, None], 0.0)")
+        out.add("near_sum = tl.sum(near, axis=1)")
+        for score in filter(lambda score: score.mean, sweep.scores):
+            out.add(f"{score.mean}_moment *= rescale")
+            out.add(f"near_moment = tl.sum(near * {score.name}, axis=1) - near_sum * {score.mean}")
+            self._move_mean(sweep, score, f"({score.mean}_moment + near_moment)", "(row_sum + near_sum)")
+
+    def _move_mean(self, sweep: Sweep, score: Score, moment: str, weight_sum: str) -> None:
+        """Move what a score is relative to by ``moment / weight_sum``, 0 for a row without keys, and its sums along."""
+        out = self.out
+        out.add(f"moved = {moment} / tl.maximum({weight_sum}, 1e-30)")
+        out.add(f"{score.mean} += moved")
+        out.add(f"{score.mean}_moment -= moved * row_sum")
+        for accumulator in sweep.accumulators:
+            if accumulator.about and score.name in accumulator.weight.symbols():
+                out.add(f"{accumulator.name} -= moved[:, None] * {accumulator.about}")
 
     def _accumulate(self, accumulator: Accumulator, weight: str) -> None:
         operand = self._operand(accumulator.operand)
@@ -331,17 +361,17 @@ class SweepPrinter:
         out = self.out
         self._mask(side, score)
         out.add(f"new_max = tl.maximum(row_max, tl.max({score}, axis=1))")
-        self._finite_max()
+        self._finite_max("new_max")
         out.add(f"p = tl.exp2({score} - finite_max[:, None])")
         self.terms("p")
         out.add("rescale = tl.exp2(row_max - finite_max)")
 
-    def _finite_max(self) -> None:
+    def _finite_max(self, maximum: str) -> None:
         """What to subtract from the scores: not the maximum of a row that has seen no key."""
         out = self.out
-        out.add("finite_max = new_max")
+        out.add(f"finite_max = {maximum}")
         out.open("if segment != 1:")
-        out.add('finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)')
+        out.add(f'finite_max = tl.where({maximum} == float("-inf"), 0.0, {maximum})')
         out.close()
 
     def _assign(self, assign: Assign) -> None:
