@@ -77,7 +77,9 @@ def _check(name: str, backend: Backend, problem: Problem, end: float) -> Check:
         outcome = Outcome(Kind.RUNTIME, f"the GPU's context is broken: {error}")
     except Exception as error:  # not a configuration's outcome: inputs or references could not be made
         outcome = Outcome(Kind.RUNTIME, one_line(error))
-    status = {Kind.OK: "ok", Kind.TIMEOUT: "no time"}.get(outcome.kind, "broken")
+    # A compiler that is interrupted may say so in an error of its own.
+    late = outcome.kind is Kind.TIMEOUT or outcome.kind is Kind.COMPILE and time.monotonic() >= end
+    status = "ok" if outcome.kind is Kind.OK else "no time" if late else "broken"
     error = outcome.error, outcome.error_limit, outcome.median_ms
     return Check(name, spec.phase, status, *error, outcome.message)
 

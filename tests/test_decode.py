@@ -285,7 +285,7 @@ def test_a_workspace_that_is_too_small_is_refused(monkeypatch):
     monkeypatch.setattr(dispatch, "BACKENDS", {"eager": FakeBackend("eager")})
     assert lla_decode_workspace(Q, K, K).shape == (12,)
     lla_decode(Q, K, K, workspace=torch.empty(13))
-    with pytest.raises(ValueError, match="at least 12 elements for this call, got 11; lla_decode_workspace makes one"):
+    with pytest.raises(ValueError, match="at least 12 elements for this call, got 11; lla_decode_workspace or parallax_decode_workspace makes one"):
         lla_decode(Q, K, K, workspace=torch.empty(11))
 
 

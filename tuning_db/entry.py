@@ -63,9 +63,15 @@ class Entry:
             raise ValueError(f"a plan of op {self.key.op} has {'no' if capped else 'a'} cg_max_iters")
 
     @property
-    def slot(self) -> tuple[TuningKey, Bucket]:
-        """What at most one entry of a file may be for."""
-        return self.key, self.tuned
+    def slot(self) -> tuple[TuningKey, Bucket, str]:
+        """What at most one entry of a file may be for: each backend has its own, so that one that is missing on a
+        machine leaves the best of the others."""
+        return self.key, self.tuned, self.config.backend
+
+    @property
+    def time_ms(self) -> float:
+        """Of the plan, as measured or predicted."""
+        return self.result.get("median_ms", self.result.get("predicted_ms", float("inf")))
 
     @property
     def measured(self) -> bool:
@@ -165,7 +171,7 @@ class Entry:
         """Sort key of the entries of a file: by slot, field by field."""
         values = [getattr(self.key, f.name) for f in fields(self.key)]
         values = [0 if value is None else value for value in values]
-        return (*values, self.tuned.seqlen, self.tuned.batch_heads)
+        return (*values, self.tuned.seqlen, self.tuned.batch_heads, self.config.backend)
 
 
 def newer(old: Entry, new: Entry) -> Entry:
@@ -191,8 +197,7 @@ def _rank(entry: Entry) -> tuple:
     """Sorts entries of one slot, the best first; entries that differ never compare equal."""
     newest_first = [*(-ord(letter) for letter in entry.date), 0]
     text = _canonical([replace(entry, origins=()).to_dict(), entry.toolchain])
-    time = entry.result.get("median_ms", entry.result.get("predicted_ms", float("inf")))
-    return not entry.measured, -entry.search.get("model_version", 0), time, newest_first, text
+    return not entry.measured, -entry.search.get("model_version", 0), entry.time_ms, newest_first, text
 
 
 def _canonical(content) -> str:

@@ -106,31 +106,36 @@ class _Query:
                 yield from ((path, entry) for entry in document.entries)
 
 
-def _exact(query: _Query) -> Iterator[tuple[Path, Entry]]:
-    return (found for found in query.own_entries() if found[1].slot == (query.key, query.bucket))
+def _exact(query: _Query) -> list[tuple[Path, Entry]]:
+    return _sorted(query, lambda entry: entry.tuned == query.bucket)
 
 
 def _nearest(query: _Query) -> list[tuple[Path, Entry]]:
+    return _sorted(query, lambda entry: entry.covers(query.seqlen, query.batch_heads))
+
+
+def _sorted(query: _Query, fits: Callable[[Entry], bool]) -> list[tuple[Path, Entry]]:
+    """The device's entries of the key that fit: the overlay's first, the nearest, of several backends the fastest."""
     shipped = store.shipped_dir()
-    fitting = [
-        (path, entry)
-        for path, entry in query.own_entries()
-        if entry.key == query.key and entry.covers(query.seqlen, query.batch_heads)
-    ]
-    return sorted(fitting, key=lambda found: (found[0].parent == shipped, query.distance(found[1])))
+    fitting = [(path, entry) for path, entry in query.own_entries() if entry.key == query.key and fits(entry)]
+    return sorted(fitting, key=lambda found: (found[0].parent == shipped, query.distance(found[1]), found[1].time_ms))
 
 
 def _same_architecture(query: _Query) -> Iterator[tuple[Path, Entry]]:
     for directory in query.directories():
         fitting = [
-            (not entry.measured, query.distance(entry), abs(document.device.sms - query.device.sms), path, entry)
+            (
+                not entry.measured, query.distance(entry), abs(document.device.sms - query.device.sms), path,
+                entry.time_ms, entry,
+            )
             for path, document in store.load_all(directory).items()
             if document.device.id != query.device.id and document.device.same_architecture(query.device)
             for entry in document.entries
             if entry.key == query.key
             and (entry.tuned == query.bucket or entry.covers(query.seqlen, query.batch_heads))
-        ]
-        yield from ((path, entry) for *_, path, entry in sorted(fitting, key=lambda found: found[:4]))
+        ]  # fmt: skip
+        for _, _, _, path, _, entry in sorted(fitting, key=lambda found: found[:5]):
+            yield path, entry
 
 
 # In order of preference: how well an entry fits, whether it was measured (None: either, measured first), and which.

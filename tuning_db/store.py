@@ -93,7 +93,7 @@ def record(
 ) -> Path:
     """Add entries to a device's file, by default in the overlay.
 
-    Where a slot (key and tuned bucket) is taken, a predicted entry never replaces a measured one, and otherwise the
+    Where a slot (key, tuned bucket and backend) is taken, a predicted entry never replaces a measured one, and otherwise the
     newest stays.
 
     Args:
