@@ -54,6 +54,18 @@ def test_exact():
     assert match.reason == "measured at seqlen 4096, batch_heads 32 on 2026-03-01"
 
 
+@pytest.mark.parametrize("sizes", [(4096, 32), (3072, 8)], ids=["exact", "nearest"])
+def test_of_several_backends_the_fastest_that_can_run(sizes):
+    slow, fast = make_entry(median_ms=1.5), make_entry(backend="cuda", num_warps=12, median_ms=1.2)
+    record(H200, [fast])
+    record(H200, [slow])
+    assert find(*sizes).entry == fast
+    without = find(*sizes, reject=lambda config, entry: "no CuPy" if config.backend == "cuda" else None)
+    assert without.entry == slow and "no CuPy" in without.reason
+    record(H200, [faster := make_entry(median_ms=1.1, date="2026-03-02T10:00:00Z")])
+    assert find(*sizes).entry == faster
+
+
 @pytest.mark.parametrize("cap, schedule", [(None, "gram"), (20, "gram"), (4, "gram"), (3, "fused"), (1, "fused")])
 def test_few_iterations_make_streaming_the_faster_plan(cap, schedule):
     """13 passes over a cache take 2.6 ms at 10 iterations, so that 7 take 1.4 ms and 6 take 1.2 ms."""
