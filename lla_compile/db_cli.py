@@ -222,7 +222,9 @@ def _entry_problem(entry: Entry, device: DeviceInfo) -> str | None:
         return str(error)
     except ImportError:
         return None  # this machine lacks what the backend needs: its limits cannot be checked here
-    return backend.unsupported(spec, device) or backend.infeasible(spec, entry.config, device)
+    # Whatever is installed here: the plans of a file are for other machines too.
+    unsupported = getattr(backend, "unsupported_spec", backend.unsupported)
+    return unsupported(spec, device) or backend.infeasible(spec, entry.config, device)
 
 
 def _table(*columns: str, right: tuple[int, ...] = ()):
