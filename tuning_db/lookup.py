@@ -124,18 +124,19 @@ def _sorted(query: _Query, fits: Callable[[Entry], bool]) -> list[tuple[Path, En
 def _same_architecture(query: _Query) -> Iterator[tuple[Path, Entry]]:
     for directory in query.directories():
         fitting = [
-            (
-                not entry.measured, query.distance(entry), abs(document.device.sms - query.device.sms), path,
-                entry.time_ms, entry,
-            )
+            (path, entry, abs(document.device.sms - query.device.sms))
             for path, document in store.load_all(directory).items()
             if document.device.id != query.device.id and document.device.same_architecture(query.device)
             for entry in document.entries
             if entry.key == query.key
             and (entry.tuned == query.bucket or entry.covers(query.seqlen, query.batch_heads))
-        ]  # fmt: skip
-        for _, _, _, path, _, entry in sorted(fitting, key=lambda found: found[:5]):
-            yield path, entry
+        ]
+
+        def rank(found: tuple[Path, Entry, int]) -> tuple:
+            path, entry, sms_apart = found
+            return not entry.measured, query.distance(entry), sms_apart, path, entry.time_ms
+
+        yield from ((path, entry) for path, entry, _ in sorted(fitting, key=rank))
 
 
 # In order of preference: how well an entry fits, whether it was measured (None: either, measured first), and which.

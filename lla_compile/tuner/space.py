@@ -45,11 +45,11 @@ class SearchSpace:
         return next(iter(self.backends.values())).default_config(self.spec, self.device)
 
     def openings(self) -> list[KernelConfig]:
-        """What is tried first: the default, that of every other backend, and the backends' own alternatives."""
+        """What is tried first: the default of every backend, and the backends' own alternatives."""
         backends = self.backends.values()
         defaults = (x.default_config(self.spec, self.device) for x in backends)
         others = (config for x in backends for config in x.alternatives(self.spec, self.device))
-        return list(dict.fromkeys([self.default(), *defaults, *others]))
+        return [*defaults, *others]
 
     def infeasible(self, config: KernelConfig) -> str | None:
         """The limit that a configuration breaks, or None."""
