@@ -24,6 +24,16 @@ def test_the_space_holds_the_default_and_goes_to_parameters_and_back():
     assert space.digest({"torch": "1"}) == space.digest({"torch": "1"}) != space.digest({"torch": "2"})
 
 
+def test_a_search_opens_with_the_default_of_every_backend_and_the_alternatives():
+    first, second = Landscape(), Landscape()
+    default, other = KernelConfig("b", "fused", 64, 32, 32), KernelConfig("b", "split", 32, 32, 32)
+    second.default_config = lambda spec, device: default
+    second.alternatives = lambda spec, device: (other,)
+    space = SearchSpace.joint(SPEC, problem().device, {"eager": first, "b": second})
+    assert space.openings() == [space.default(), default, other]
+    assert space.default().backend == "eager"
+
+
 def test_the_nearest_configuration_of_a_space():
     space = SearchSpace.joint(SPEC, problem().device, {"eager": Landscape(extra_knobs={"num_splits": (1, 4, 16)})})
     inside = replace(BEST, num_splits=4)
