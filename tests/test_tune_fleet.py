@@ -93,6 +93,25 @@ def test_processes_share_a_search_and_one_of_them_is_killed(url, tmp_path):
     assert "RUNNING" not in {trial.state.name for trial in trials_of(open_storage(url))}
 
 
+def test_a_queued_trial_is_taken_once(url):
+    queued, takers = 60, 3
+    study = optuna.create_study(study_name="queue", storage=open_storage(url))
+    for number in range(queued):
+        study.enqueue_trial({"number": number})
+    taken = []
+
+    def take():
+        own = optuna.load_study(study_name="queue", storage=open_storage(url))
+        taken.extend(own.ask().number for _ in range(queued // takers))
+
+    threads = [threading.Thread(target=take) for _ in range(takers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(queued))
+
+
 class TestClaims:
     """Two processes, played by one."""
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import optuna
 import platformdirs
-import sqlalchemy.exc
+import sqlalchemy
 
 _DEFAULT_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "redis": 6379, "rediss": 6379}
 _CONNECT_TIMEOUT_S = 10
@@ -85,14 +85,32 @@ def _open_database(url: str, dialect: str) -> optuna.storages.RDBStorage:
         options = {"connect_args": {"timeout": _SQLITE_LOCK_TIMEOUT_S}}
     else:
         options = {"pool_pre_ping": True}  # a server may have closed a connection that a long trial left idle
-    for _ in range(_ATTEMPTS - 1):
+    for attempt in range(_ATTEMPTS):
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs=options)
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
+            break
         except sqlalchemy.exc.DBAPIError as error:
-            if not (isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)):
+            is_race = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+            if not is_race or attempt == _ATTEMPTS - 1:
                 raise
             time.sleep(_PAUSE_S)
-    return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    if dialect == "sqlite":
+        _lock_for_whole_transactions(storage.engine)
+    return storage
+
+
+def _lock_for_whole_transactions(engine: sqlalchemy.Engine) -> None:
+    """Let one process at a time read and write an SQLite file.
+
+    Optuna reads a queued trial's state FOR UPDATE before it takes the trial. SQLite ignores these words, and Python's
+    driver opens a transaction with the first write only, so that two processes would take the same trial.
+    """
+
+    def began(connection: sqlalchemy.Connection) -> None:
+        connection.connection.driver_connection.isolation_level = None  # the driver begins none of its own
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    sqlalchemy.event.listen(engine, "begin", began)
 
 
 def _require_host(url: str, host: str, port: int | None) -> None:
