@@ -69,6 +69,7 @@ CASES = [
     Case("h200", 128, "accurate", tile=(128, 64, 4), head_dim_v=40),
     Case("h200", 64),
     Case("h200", 64, tile=(192, 64, 4)),
+    Case("h200", 64, window_size=512),
     Case("h200", 64, "accurate"),
     Case("h200", 16, "accurate"),
     Case("a100", 128),

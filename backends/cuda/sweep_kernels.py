@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _WARP_ROWS = 16
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
 _OTHER_REGISTERS = 32  # numbers of rows, addresses
+_WINDOW_REGISTERS = 8  # where rows' first keys are
 _ADDRESS_REGISTERS = 8  # of two terms in shared memory
 _TILE_BYTES = 72  # of struct QueryTile
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
@@ -54,7 +55,7 @@ class Path:
 # leave registers to the others, see stream_wgmma.cuh; three groups of rows are too many for those that wide heads take.
 WGMMA = Path(
     "sweeps_wgmma", group_rows=64, copy_warps=4, barriers=2, row_registers={64: 232, 128: 240, 192: 160},
-    block_q=(64, 128, 192), block_k=(32, 64, 96), stages=(3, 4, 5, 6), preference=((128, 64), (64, 64), (64, 32)),
+    block_q=(64, 128, 192), block_k=(32, 64, 96), stages=(3, 4, 5, 6), preference=((192, 64), (128, 64), (64, 64), (64, 32)),
 )  # fmt: skip
 MMA = Path(
     "sweeps_mma", group_rows=None, copy_warps=0, barriers=0, row_registers={64: 255, 128: 255},
@@ -82,7 +83,8 @@ def registers(spec: LLASpec, config: KernelConfig) -> int:
     terms = split_terms(spec.dtype, spec.precision)
     scores, weights = 2 * config.block_k // 2, terms * config.block_k // 4
     rounded = width // 4 if terms == 1 else _ADDRESS_REGISTERS
-    return max(width, width_v) // 2 + scores + weights + rounded + _OTHER_REGISTERS
+    window = _WINDOW_REGISTERS if spec.window_size is not None else 0
+    return max(width, width_v) // 2 + scores + weights + rounded + window + _OTHER_REGISTERS
 
 
 def blocks_per_sm(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:

@@ -20,7 +20,7 @@ def target(head_dim: int, ridge: float, dtype=torch.bfloat16):
 
 TILES = {
     "triton": [dict(block_q=64, block_k=32), dict(block_q=128, block_k=64, num_warps=8)],
-    "cuda": [dict(block_q=64, block_k=32, num_warps=8), dict(block_q=192, block_k=64, num_warps=16)],
+    "cuda": [dict(block_q=64, block_k=32, num_warps=8), dict(block_k=96, num_stages=4)],
 }
 
 
