@@ -79,6 +79,7 @@ CASES = [
     Case("l4", 128),
     Case("l4", 64, "accurate"),
     Case("b200", 128, "accurate"),
+    Case("rtx5090", 128),
     Case("rtx5090", 128, "accurate"),
     Case("rtx5090", 40),
 ]

@@ -35,20 +35,18 @@ def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
 
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
-    """The first preferred tile that the device can hold, with as many stages as leave room for a second block and for
-    the rows' state."""
+    """Of the preferred tiles the one with the most rows on a multiprocessor, then the first; with as many stages as
+    leave room for the rows' state."""
     path = sweep_kernels.path(spec, device)
-    for block_q, block_k in path.preference:
-        configs = [_config(path, block_q, block_k, stages) for stages in path.stages]
-        feasible = [config for config in configs if infeasible(spec, config, device) is None]
-        if feasible:
-            return max(feasible, key=lambda config: _room(spec, config, device))
-    return configs[0]
+    configs = [_config(path, *tile, stages) for tile in path.preference for stages in path.stages]
+    feasible = [config for config in configs if infeasible(spec, config, device) is None]
 
+    def merit(config: KernelConfig) -> tuple[int, ...]:
+        vectors, _ = sweep_kernels.parked(spec, config, device)
+        rows = config.block_q * sweep_kernels.blocks_per_sm(spec, config, device)
+        return rows, -path.preference.index((config.block_q, config.block_k)), vectors, config.num_stages
 
-def _room(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[int, int, int]:
-    vectors, _ = sweep_kernels.parked(spec, config, device)
-    return sweep_kernels.blocks_per_sm(spec, config, device), vectors, config.num_stages
+    return max(feasible, key=merit) if feasible else _config(path, *path.preference[-1], path.stages[0])
 
 
 def _config(path: sweep_kernels.Path, block_q: int, block_k: int, num_stages: int) -> KernelConfig:
@@ -96,7 +94,7 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
         return f"{config.block_q} queries take {warps} warps, got {config.num_warps}"
     if (config.num_stages or 0) < path.stages[0]:
         return f"num_stages must be at least {path.stages[0]}, got {config.num_stages}"
-    registers, limit = sweep_kernels.registers(spec, config), path.row_registers[config.block_q]
+    registers, limit = sweep_kernels.registers(spec, config, device), path.row_registers[config.block_q]
     if registers > limit:
         return f"{registers} registers > {limit} of a thread that holds rows"
     room = device.shared_memory_per_block

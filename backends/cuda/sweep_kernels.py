@@ -35,6 +35,7 @@ class Path:
         group_rows: rows that the warps of an instruction hold together; None for all of the block's.
         copy_warps: warps that hold no rows.
         barriers: of a stage, in shared memory.
+        waiting_registers: of a thread with rows, for each vector that waits in memory.
         row_registers: that a thread with rows can have, by the rows of its block.
         block_q, block_k, stages: values worth trying, as few stages as there can be first.
         preference: (block_q, block_k), best first.
@@ -44,6 +45,7 @@ class Path:
     group_rows: int | None
     copy_warps: int
     barriers: int
+    waiting_registers: int
     row_registers: dict[int, int]
     block_q: tuple[int, ...]
     block_k: tuple[int, ...]
@@ -54,12 +56,14 @@ class Path:
 # Needs a tile whose weights are multiplied, the next one whose scores are, and one that is copied. Threads that copy
 # leave registers to the others, see stream_wgmma.cuh; three groups of rows are too many for those that wide heads take.
 WGMMA = Path(
-    "sweeps_wgmma", group_rows=64, copy_warps=4, barriers=2, row_registers={64: 232, 128: 240, 192: 160},
-    block_q=(64, 128, 192), block_k=(32, 64, 96), stages=(3, 4, 5, 6), preference=((192, 64), (128, 64), (64, 64), (64, 32)),
+    "sweeps_wgmma", group_rows=64, copy_warps=4, barriers=2, waiting_registers=0,
+    row_registers={64: 232, 128: 240, 192: 160}, block_q=(64, 128, 192), block_k=(32, 64, 96), stages=(3, 4, 5, 6),
+    preference=((192, 64), (128, 64), (64, 64), (64, 32)),
 )  # fmt: skip
 MMA = Path(
-    "sweeps_mma", group_rows=None, copy_warps=0, barriers=0, row_registers={64: 255, 128: 255},
-    block_q=(64, 128), block_k=(32, 64), stages=(2, 3, 4), preference=((64, 64), (64, 32)),
+    "sweeps_mma", group_rows=None, copy_warps=0, barriers=0, waiting_registers=16,
+    row_registers={64: 255, 128: 255}, block_q=(64, 128), block_k=(32, 64), stages=(2, 3, 4),
+    preference=((64, 64), (64, 32)),
 )  # fmt: skip
 _WGMMA_CAPABILITY = "9.0"
 _LEAST_WGMMA_WIDTH = 64  # of a panel of a tile, which products of rows take
@@ -76,15 +80,20 @@ def with_warps(config: KernelConfig, of: Path) -> KernelConfig:
     return replace(config, num_warps=config.block_q // _WARP_ROWS + of.copy_warps)
 
 
-def registers(spec: LLASpec, config: KernelConfig) -> int:
-    """What the fullest loop takes of a thread: sums, the scores of two products, weights, the rounded vector or where
-    it is."""
+def registers(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
+    """What a thread that holds rows takes.
+
+    In the fullest loop: sums, the scores of two products, weights, and the rounded vector or where it is; and what the
+    updates of rows have under way of vectors that wait in memory.
+    """
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
     terms = split_terms(spec.dtype, spec.precision)
     scores, weights = 2 * config.block_k // 2, terms * config.block_k // 4
     rounded = width // 4 if terms == 1 else _ADDRESS_REGISTERS
     window = _WINDOW_REGISTERS if spec.window_size is not None else 0
-    return max(width, width_v) // 2 + scores + weights + rounded + window + _OTHER_REGISTERS
+    loop = max(width, width_v) // 2 + scores + weights + rounded + window + _OTHER_REGISTERS
+    in_memory = len(print_sweeps(spec.op, spec.phase).waiting) - parked(spec, config, device)[0]
+    return loop + in_memory * path(spec, device).waiting_registers
 
 
 def blocks_per_sm(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:

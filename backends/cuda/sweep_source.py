@@ -1,4 +1,4 @@
-"""Printing sweeps that hold query rows as CUDA C++: the arguments of a launch, and what its threads do in order.
+"""Printing sweeps that hold query rows as CUDA C++: what the threads of a launch do in order.
 
 How a sweep is carried out, with which instructions and copies, is written by hand in ``include/``; printed are the
 operators' own expressions, and which sweeps follow each other.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Iterable, Mapping
 
+from lla_compile.backends.cuda.sweep_arguments import Field, argument_fields, arguments_text
 from lla_compile.expr import Expr, Kind, fold
 from lla_compile.lowering import lower
 from lla_compile.sweeps import Assign, Loop, Stage, Sweep, SweepList, sweep_of
@@ -30,17 +31,7 @@ _TEMPLATES = {
 }
 # How the value of a ROW is called where an expression ranges over rows, elements of a vector, or pairs.
 _ROW_INDEX = {Kind.ROW: "[r]", Kind.VECTOR: "[i / 2]", Kind.TILE: "[r]"}
-_POINTERS = {"input": "uint16_t", "float32": "float", "int32": "int32_t"}
 _LOOP_BIT = "(({0}[0] > 0 || {0}[1] > 0) << {1})"
-
-
-@dataclass(frozen=True)
-class Field:
-    """One member of the arguments: its C++ declaration, and its format for :mod:`struct`."""
-
-    name: str
-    declaration: str
-    format: str
 
 
 @dataclass(frozen=True)
@@ -81,10 +72,10 @@ def print_sweeps(op: str, phase: str) -> Source:
     loops = [stage.sweep for stage in program.stages if isinstance(stage, Loop)]
     waiting = tuple(sorted(waiting, key=lambda name: (-_turns_with(name, loops), name)))
     waiting_rows = _waiting_rows(program)
-    fields = _fields(program, waiting)
+    fields = argument_fields(program, waiting)
     printer = _SweepsPrinter(program, waiting, waiting_rows)
     headers = {
-        "sweep_arguments.cuh": _arguments_text(program, fields, len(loops)),
+        "sweep_arguments.cuh": arguments_text(program, fields, len(loops)),
         "sweeps.cuh": printer.text(),
         "copies.cuh": printer.copies_text(),
     }
@@ -108,34 +99,6 @@ def _read_by_stream(sweep: Sweep) -> set[str]:
 def _turns_with(name: str, loops: Iterable[Sweep]) -> int:
     """How often a turn of the loops touches a vector."""
     return sum((name in sweep.reads()) + (name in sweep.writes()) for sweep in loops)
-
-
-def _fields(program: SweepList, waiting: tuple[str, ...]) -> tuple[Field, ...]:
-    def pointer(name: str, of: str) -> Field:
-        return Field(name, f"{of}* {name}", "Q")
-
-    inputs = (*program.row_inputs, *program.col_inputs)
-    fields = [pointer(name, "const uint16_t") for name in inputs]
-    for name, stored in program.outputs.items():
-        fields.append(pointer(name, "uint16_t" if name in program.rounded else _POINTERS[stored]))
-    fields += [pointer(name, "float") for name in waiting if name not in program.outputs]
-    fields += [pointer(f"{name}_pointer", "const float") for name in ("scale", *program.row_scalars)]
-    results = [name for name, stored in program.outputs.items() if stored == "input"]
-    strided = (*inputs, *results, *program.row_scalars)
-    fields += [Field(f"{name}_strides", f"int64_t {name}_strides[3]", "3q") for name in strided]
-    fields.append(Field("state_rows", "int64_t state_rows", "q"))
-    numbers = ("scale", *program.row_scalars, *program.scalars)
-    fields += [Field(name, f"float {name}", "f") for name in numbers]
-    counts = ("batch_heads", "num_heads", "group_size", "heads_per_group", "seqlen_q", "seqlen_k", "window")
-    fields += [Field(name, f"int32_t {name}", "i") for name in counts]
-    return tuple(fields)
-
-
-def _arguments_text(program: SweepList, fields: tuple[Field, ...], loops: int) -> str:
-    lines = [f"// Printed: the arguments of the sweeps of {program.name}.", "#pragma once", "#include <ptx.cuh>", ""]
-    lines += [f"constexpr int LOOPS = {loops};", "", "struct SweepArguments {"]
-    lines += [f"    {field.declaration};" for field in fields]
-    return "\n".join([*lines, "};", ""])
 
 
 def _made_early(assigns: tuple[Assign, ...], waiting: tuple[str, ...]) -> tuple[Assign, ...]:

@@ -1,0 +1,49 @@
+"""The arguments of a launch of printed sweeps: one structure, as C++ declares it and as Python packs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lla_compile.sweeps import SweepList
+
+_POINTERS = {"input": "uint16_t", "float32": "float", "int32": "int32_t"}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member of the arguments: its C++ declaration, and its format for :mod:`struct`."""
+
+    name: str
+    declaration: str
+    format: str
+
+
+def argument_fields(program: SweepList, waiting: tuple[str, ...]) -> tuple[Field, ...]:
+    """The members: inputs, outputs, vectors that wait and are no outputs, then strides, numbers and counts."""
+
+    def pointer(name: str, of: str) -> Field:
+        return Field(name, f"{of}* {name}", "Q")
+
+    inputs = (*program.row_inputs, *program.col_inputs)
+    fields = [pointer(name, "const uint16_t") for name in inputs]
+    for name, stored in program.outputs.items():
+        fields.append(pointer(name, "uint16_t" if name in program.rounded else _POINTERS[stored]))
+    fields += [pointer(name, "float") for name in waiting if name not in program.outputs]
+    fields += [pointer(f"{name}_pointer", "const float") for name in ("scale", *program.row_scalars)]
+    results = [name for name, stored in program.outputs.items() if stored == "input"]
+    strided = (*inputs, *results, *program.row_scalars)
+    fields += [Field(f"{name}_strides", f"int64_t {name}_strides[3]", "3q") for name in strided]
+    fields.append(Field("state_rows", "int64_t state_rows", "q"))
+    numbers = ("scale", *program.row_scalars, *program.scalars)
+    fields += [Field(name, f"float {name}", "f") for name in numbers]
+    counts = ("batch_heads", "num_heads", "group_size", "heads_per_group", "seqlen_q", "seqlen_k", "window")
+    fields += [Field(name, f"int32_t {name}", "i") for name in counts]
+    return tuple(fields)
+
+
+def arguments_text(program: SweepList, fields: tuple[Field, ...], loops: int) -> str:
+    """The header that declares them."""
+    lines = [f"// Printed: the arguments of the sweeps of {program.name}.", "#pragma once", "#include <ptx.cuh>", ""]
+    lines += [f"constexpr int LOOPS = {loops};", "", "struct SweepArguments {"]
+    lines += [f"    {field.declaration};" for field in fields]
+    return "\n".join([*lines, "};", ""])
