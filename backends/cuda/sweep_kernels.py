@@ -161,9 +161,9 @@ def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:
         "BLOCK_DV": padded_width(spec.head_dim_v), "BFLOAT16": int(spec.dtype == "bfloat16"),
         "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": 0,
         "GROUP_ROWS": of.group_rows or config.block_q, "CAUSAL": int(spec.is_causal),
-        "WINDOWED": int(spec.window_size is not None), "PACKED": int(spec.num_sequences is not None), "TERMS": split_terms(spec.dtype, spec.precision),
-        "WEIGHT_SHIFT": weight_shift(spec.dtype), "PARKED": vectors, "PARKED_ROWS": rows,
-        "BLOCKS": blocks_per_sm(spec, config, device),
+        "WINDOWED": int(spec.window_size is not None), "PACKED": int(spec.num_sequences is not None),
+        "TERMS": split_terms(spec.dtype, spec.precision), "WEIGHT_SHIFT": weight_shift(spec.dtype),
+        "PARKED": vectors, "PARKED_ROWS": rows, "BLOCKS": blocks_per_sm(spec, config, device),
     }  # fmt: skip
     return Kernel(
         of.name, f"{of.name}.cu", (max_tiles(spec, config) * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
