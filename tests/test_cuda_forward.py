@@ -55,7 +55,12 @@ PACKED = [
     ("a100", 128, "accurate", dict(lengths_q=[0, 70, 0], lengths_k=[0, 99, 3], is_causal=False)),
     ("a100", 128, "fast", dict(lengths_q=[33, 40], lengths_k=[90, 40], window_size=17)),
 ]
-NARROW = [dict(head_dim=16), dict(head_dim=1, head_dim_v=3), dict(head_dim=32, head_dim_v=64, window_size=20)]
+NARROW = [
+    dict(head_dim=1, head_dim_v=3),
+    dict(head_dim=8, head_dim_v=24),
+    dict(head_dim=16, head_dim_v=128, is_causal=False),
+    dict(head_dim=32, head_dim_v=64, window_size=20),
+]
 
 
 def problem(**fields):

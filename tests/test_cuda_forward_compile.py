@@ -83,6 +83,7 @@ CASES = [
     Case("a100", 64, "accurate"),
     Case("l4", 128),
     Case("l4", 64, "accurate"),
+    Case("l4", 32, head_dim_v=8),
     Case("b200", 128, "accurate"),
     Case("rtx5090", 128),
     Case("rtx5090", 128, "accurate"),
