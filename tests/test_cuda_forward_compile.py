@@ -147,6 +147,18 @@ def test_tensor_cores(case, compiled):
             assert sum(loop.start <= address <= loop.stop for address in addresses) <= 3
 
 
+@NEEDS_NVRTC
+@NEEDS_CUOBJDUMP
+@pytest.mark.parametrize("case", [Case("h200", 128, num_sequences=20), Case("l4", 64, num_sequences=20)], ids=str)
+def test_packed_sequences_start_another_kernel_first(case):
+    order, sweeps = sweep_kernels.launches(case.spec, case.config, case.device)
+    tiles = 4096 // case.config.block_q + 20
+    assert order.grid[0] * order.threads >= tiles and sweeps.grid[0] == 32 * tiles
+    binary = compiler.compile_kernel(order.source, order.defines, case.device.compute_capability, order.printed)
+    cubin = Cubin(order.name, order.threads // 32, order.shared, binary)
+    assert cubin.stack == 0 and cubin.registers <= 64
+
+
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.id)
 @pytest.mark.parametrize("precision", ["fast", "accurate"])
 @pytest.mark.parametrize("head_dim", [1, 16, 32, 40, 64, 96, 128])
