@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from lla_compile import backends
+from lla_compile.arguments import dtype_name
+from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.reference import parallax_reference, parallax_reference_backward
+from lla_compile.spec import LLASpec
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
 SHAPES = [
@@ -59,3 +63,21 @@ def gradients(problem: ParallaxProblem, attend) -> dict[str, torch.Tensor]:
     leaves = problem.leaves()
     out = attend(*leaves, **problem.options)
     return dict(zip(GRADIENTS, torch.autograd.grad(out, leaves, problem.grad_out)))
+
+
+def run_forward(
+    problem: ParallaxProblem, wanted, backend: str, device, op: str = "parallax", scale=None, **knobs
+) -> dict[str, torch.Tensor]:
+    """Outputs of the forward pass by name; ``knobs`` override fields of the backend's default KernelConfig."""
+    q, r, k, v = problem.tensors
+    spec = LLASpec(
+        dtype_name(q), q.shape[3], v.shape[3], q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], op=op,
+        **problem.options,
+    )  # fmt: skip
+    executor = backends.get(backend)
+    config = KernelConfig.from_dict(executor.default_config(spec, device).as_dict() | knobs)
+    inputs = {"q": q, "k": k, "v": v, "scale": q.shape[3] ** -0.5 if scale is None else scale}
+    if op == "parallax":
+        inputs["r"] = r
+    plan = Plan(spec, device, config, Source.REQUESTED, 0.0, "a test")
+    return executor.bind(plan)(inputs, tuple(wanted))
