@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _WARP_ROWS = 16
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
 _OTHER_REGISTERS = 32  # numbers of rows, addresses
-_MEANS_REGISTERS = 12  # numbers of rows of which a sweep with running means has more
+_AHEAD_REGISTERS = 4  # of a second product that is under way meanwhile
 _WINDOW_REGISTERS = 8  # where rows' first keys are
 _ADDRESS_REGISTERS = 8  # of two terms in shared memory
 _TILE_BYTES = 72  # of struct QueryTile
@@ -103,7 +103,7 @@ def _of_two_sums(spec: LLASpec, config: KernelConfig, ahead: int) -> int:
     """Registers of a loop with two sums: beside them are the scores of so many products that run ahead and the weights
     of those that have not ended, and at other times both scores."""
     tiles = padded_width(spec.head_dim_v) + (1 + ahead) * config.block_k // 2
-    return tiles + _OTHER_REGISTERS + _MEANS_REGISTERS
+    return tiles + _OTHER_REGISTERS + (ahead - 1) * _AHEAD_REGISTERS
 
 
 def scores_ahead(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:

@@ -281,7 +281,7 @@ class _SweepsPrinter:
             out.add(f"softmax.end({sums.name});")
 
     def _stream_means(self, sweep: Sweep) -> None:
-        """One pass for the sum of values and a sum about it, whose weights take a score that is relative to its mean."""
+        """One pass for the sum of values and a sum about it, whose weights take a score relative to its mean."""
         out = self.out
         (_, score), (sums, about) = sweep.scores, sweep.accumulators
         assert score.mean and sums.weight == P and about.about == sums.name and sums.operand == about.operand == "v"

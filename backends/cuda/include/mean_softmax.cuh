@@ -18,9 +18,9 @@ struct MeanSoftmax {
     Row maximum = {LOWEST, LOWEST};
     Row mean = {0, 0};
     Row sum = {0, 0}, moment = {0, 0};  // of p and of p times the second score, over the thread's columns
-    // If the warp's maxima were moved with this tile: what all sums so far lose by that, and the mean's move.
+    // Whether the warp's maxima were moved with this tile, and then what all sums so far lose by that.
     bool moves = false;
-    Row shrink = {1, 1}, move = {0, 0};
+    Row shrink = {1, 1};
 
     DEVICE explicit MeanSoftmax(float scale_log2) : scale_log2(scale_log2), factor(scale_log2 > 0 ? scale_log2 : 1) {}
 
@@ -65,11 +65,11 @@ struct MeanSoftmax {
         }
     }
 
-    // Move the mean to that of all keys so far, those of this tile among them.
-    template <int TILES>
-    DEVICE void move_mean(const float (&p)[TILES][4], const float (&a)[TILES][4]) {
-        if (!moves) return;
-        Row tile_sum = {0, 0}, tile_moment = {0, 0};
+    // What earlier tiles have left becomes relative to the maximum as it is now, and to the mean of all keys so far, those
+    // of this tile among them.
+    template <int TILES, int WIDTH>
+    DEVICE void move(const float (&p)[TILES][4], const float (&a)[TILES][4], Vector<WIDTH>& sums, Vector<WIDTH>& moments) {
+        Row tile_sum = {0, 0}, tile_moment = {0, 0}, moved;
 #pragma unroll
         for (int n = 0; n < TILES; ++n) {
 #pragma unroll
@@ -80,10 +80,12 @@ struct MeanSoftmax {
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            move[r] = sum_of_row(moment[r] + tile_moment[r]) / fmaxf(sum_of_row(sum[r]), LEAST_SUM);
-            mean[r] += move[r];
-            moment[r] -= move[r] * (sum[r] - tile_sum[r]);
+            moved[r] = sum_of_row(moment[r] + tile_moment[r]) / fmaxf(sum_of_row(sum[r]), LEAST_SUM);
+            mean[r] += moved[r];
+            moment[r] -= moved[r] * (sum[r] - tile_sum[r]);
         }
+        assign(sums, [&](int n, int i) { return sums(n, i) * shrink[i / 2]; });
+        assign(moments, [&](int n, int i) { return moments(n, i) * shrink[i / 2] - moved[i / 2] * sums(n, i); });
     }
 
     // The second score becomes the second weight.
@@ -100,25 +102,18 @@ struct MeanSoftmax {
         }
     }
 
-    // What earlier tiles have left, relative to maxima and means as they are now.
-    template <int WIDTH>
-    DEVICE void move_sums(Vector<WIDTH>& sums, Vector<WIDTH>& moments) const {
-        if (!moves) return;
-        assign(sums, [&](int n, int i) { return sums(n, i) * shrink[i / 2]; });
-        assign(moments, [&](int n, int i) { return moments(n, i) * shrink[i / 2] - move[i / 2] * sums(n, i); });
-    }
-
     // Over the threads that share a row; the mean is that of all keys from here on.
     template <int WIDTH>
     DEVICE void end(const Rows& rows, const Vector<WIDTH>& sums, Vector<WIDTH>& moments) {
+        Row moved;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             float total = sum_of_row(sum[r]);
-            move[r] = sum_of_row(moment[r]) / fmaxf(total, LEAST_SUM);
-            mean[r] += move[r];
+            moved[r] = sum_of_row(moment[r]) / fmaxf(total, LEAST_SUM);
+            mean[r] += moved[r];
             sum[r] = rows.exists(r) ? total : 0;
         }
-        assign(moments, [&](int n, int i) { return moments(n, i) - move[i / 2] * sums(n, i); });
+        assign(moments, [&](int n, int i) { return moments(n, i) - moved[i / 2] * sums(n, i); });
     }
 };
 

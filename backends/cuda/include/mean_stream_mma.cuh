@@ -65,9 +65,8 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             softmax.scale(s);
             if (range.cuts(at)) group.mask(s, at);
             softmax.weigh(s);
-            softmax.move_mean(s, a);
+            if (softmax.moves) softmax.move(s, a, sum, moment);
             softmax.combine(s, a, weight);
-            softmax.move_sums(sum, moment);
             weights.set(s, a);
         }
         uint32_t values = ring.next();

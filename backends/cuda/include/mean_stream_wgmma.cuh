@@ -52,7 +52,7 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         wait_product_groups<0>();
         hold_all(a);
         group.release(turn);
-        softmax.move_mean(s, a);
+        softmax.move(s, a, sum, moment);
         softmax.combine(s, a, weight);
         weights.set(s, a);
         next();
@@ -75,7 +75,11 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
                 wait_product_groups<1>();
                 hold_all(a);
                 group.release(turn);
-                softmax.move_mean(s, a);
+                if (softmax.moves) {
+                    wait_product_groups<0>();
+                    hold_all(sum.x), hold_all(moment.x);
+                    softmax.move(s, a, sum, moment);
+                }
                 softmax.combine(s, a, weight);
             }
             wait_product_groups<0>();
@@ -88,10 +92,9 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
                 wait_product_groups<0>();
                 hold_all(a);
                 group.release(turn);
-                softmax.move_mean(s, a);
+                if (softmax.moves) softmax.move(s, a, sum, moment);
                 softmax.combine(s, a, weight);
             }
-            softmax.move_sums(sum, moment);
             weights.set(s, a);
             next();
         }
