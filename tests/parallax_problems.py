@@ -1,6 +1,7 @@
 """Inputs and float64 references for tests of Parallax and softmax attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Sequence
 
 import torch
 
@@ -35,6 +36,11 @@ class ParallaxProblem:
     def reference_gradients(self) -> dict[str, torch.Tensor]:
         return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
 
+    def inputs(self, op: str = "parallax", scale=None) -> dict:
+        """What an executable takes."""
+        named = dict(zip("qrkv", self.tensors)) | {"scale": self.tensors[0].shape[3] ** -0.5 if scale is None else scale}
+        return {name: x for name, x in named.items() if name != "r" or op == "parallax"}
+
     def leaves(self) -> list[torch.Tensor]:
         return [x.detach().clone().requires_grad_() for x in self.tensors]
 
@@ -65,19 +71,27 @@ def gradients(problem: ParallaxProblem, attend) -> dict[str, torch.Tensor]:
     return dict(zip(GRADIENTS, torch.autograd.grad(out, leaves, problem.grad_out)))
 
 
-def run_forward(
-    problem: ParallaxProblem, wanted, backend: str, device, op: str = "parallax", scale=None, **knobs
-) -> dict[str, torch.Tensor]:
-    """Outputs of the forward pass by name; ``knobs`` override fields of the backend's default KernelConfig."""
+def grown(problem: ParallaxProblem, growth: float) -> ParallaxProblem:
+    """The same with keys that grow to ``1 + growth`` times their size along the sequence."""
     q, r, k, v = problem.tensors
+    factors = 1 + growth * torch.linspace(0, 1, k.shape[2], device=k.device)[:, None]
+    return replace(problem, tensors=(q, r, k * factors.to(k.dtype), v))
+
+
+def bound(problem: ParallaxProblem, backend: str, device, op: str = "parallax", phase: str = "forward", **knobs):
+    """The executable of a problem's plan; ``knobs`` override fields of the backend's default KernelConfig."""
+    q, _, k, v = problem.tensors
     spec = LLASpec(
         dtype_name(q), q.shape[3], v.shape[3], q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], op=op,
-        **problem.options,
+        phase=phase, **problem.options,
     )  # fmt: skip
-    executor = backends.get(backend)
-    config = KernelConfig.from_dict(executor.default_config(spec, device).as_dict() | knobs)
-    inputs = {"q": q, "k": k, "v": v, "scale": q.shape[3] ** -0.5 if scale is None else scale}
-    if op == "parallax":
-        inputs["r"] = r
-    plan = Plan(spec, device, config, Source.REQUESTED, 0.0, "a test")
-    return executor.bind(plan)(inputs, tuple(wanted))
+    config = backends.get(backend).default_config(spec, device).as_dict() | knobs
+    plan = Plan(spec, device, KernelConfig.from_dict(config), Source.REQUESTED, 0.0, "a test")
+    return backends.get(backend).bind(plan)
+
+
+def run_forward(
+    problem: ParallaxProblem, wanted: Sequence[str], backend: str, device, op: str = "parallax", scale=None, **knobs
+) -> dict[str, torch.Tensor]:
+    """Outputs of the forward pass by name."""
+    return bound(problem, backend, device, op, **knobs)(problem.inputs(op, scale), tuple(wanted))
