@@ -36,10 +36,20 @@ class ParallaxProblem:
     def reference_gradients(self) -> dict[str, torch.Tensor]:
         return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
 
+    def spec(self, op: str = "parallax", phase: str = "forward") -> LLASpec:
+        q, _, _, v = self.tensors
+        (batch, heads, seqlen_q, head_dim), (_, kv_heads, seqlen_k, head_dim_v) = q.shape, v.shape
+        return LLASpec(
+            dtype_name(q), head_dim, head_dim_v, batch, heads, kv_heads, seqlen_q, seqlen_k, op=op, phase=phase,
+            **self.options,
+        )  # fmt: skip
+
     def inputs(self, op: str = "parallax", scale=None) -> dict:
         """What an executable takes."""
-        named = dict(zip("qrkv", self.tensors)) | {"scale": self.tensors[0].shape[3] ** -0.5 if scale is None else scale}
-        return {name: x for name, x in named.items() if name != "r" or op == "parallax"}
+        named = dict(zip("qrkv", self.tensors))
+        if op == "softmax":
+            del named["r"]
+        return named | {"scale": named["q"].shape[3] ** -0.5 if scale is None else scale}
 
     def leaves(self) -> list[torch.Tensor]:
         return [x.detach().clone().requires_grad_() for x in self.tensors]
@@ -80,11 +90,7 @@ def grown(problem: ParallaxProblem, growth: float) -> ParallaxProblem:
 
 def bound(problem: ParallaxProblem, backend: str, device, op: str = "parallax", phase: str = "forward", **knobs):
     """The executable of a problem's plan; ``knobs`` override fields of the backend's default KernelConfig."""
-    q, _, k, v = problem.tensors
-    spec = LLASpec(
-        dtype_name(q), q.shape[3], v.shape[3], q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], op=op,
-        phase=phase, **problem.options,
-    )  # fmt: skip
+    spec = problem.spec(op, phase)
     config = backends.get(backend).default_config(spec, device).as_dict() | knobs
     plan = Plan(spec, device, KernelConfig.from_dict(config), Source.REQUESTED, 0.0, "a test")
     return backends.get(backend).bind(plan)

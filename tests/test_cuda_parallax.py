@@ -9,11 +9,12 @@ from parallax_problems import GRADIENTS, bound, grown, make_parallax_problem, ru
 from problems import CPU, assert_close, assert_gradients_close
 
 from lla_compile import backends
+from lla_compile.autograd import trained
 from lla_compile.backends.cuda import sweep_kernels
 from lla_compile.devices import resolve
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-# With wgmma: both scores ahead with two groups of rows and one, one score ahead with two groups and three; with mma.sync.
+# With wgmma, both scores ahead in two groups of rows and in one, one score ahead in two and in three; with mma.sync.
 TILES = {
     "two": ("h200", dict(block_q=128, block_k=64, num_warps=12, num_stages=4)),
     "one": ("h200", dict(block_q=64, block_k=32, num_warps=8, num_stages=3)),
@@ -24,7 +25,6 @@ TILES = {
 }
 LIMITS = {torch.bfloat16: 2.5e-3, torch.float16: 1e-3}
 ROW_LIMITS = {"parallax": 1e-4, "softmax": 4e-3}  # softmax attention sums its weights as products see them
-STATE = ("lse", "probe_mean", "value_mean")
 SHAPES = [
     dict(seqlen_q=200),
     dict(seqlen_q=45, seqlen_k=130),
@@ -52,7 +52,7 @@ def run(p, tile, wanted=("out",), op="parallax", scale=None):
 
 def assert_right(p, tile, op="parallax", scale=None):
     """Output and state against float64: of weights that are rounded for products, but not for the sums of rows."""
-    wanted, limit = ("out", *STATE) if op == "parallax" else ("out", "lse"), LIMITS[p.tensors[0].dtype]
+    wanted, limit = trained(op), LIMITS[p.tensors[0].dtype]
     double = replace(p, tensors=tuple(x.double() for x in p.tensors))
     got, expected = run(p, tile, wanted, op, scale), run_forward(double, wanted, "eager", CPU, op, scale)
     for name in wanted:
@@ -94,7 +94,7 @@ def test_softmax_attention():
 
 def test_another_backend_goes_backward_from_what_is_saved():
     p = problem(seqlen_q=130)
-    saved = run(p, "two", ("out", *STATE))
+    saved = run(p, "two", trained("parallax"))
     got = bound(p, "eager", CPU, phase="backward")(p.inputs() | saved | {"grad_out": p.grad_out}, GRADIENTS)
     expected = p.reference_gradients()
     assert_gradients_close(got, {name: expected[name] for name in GRADIENTS}, 5e-3)
