@@ -1,10 +1,15 @@
 """Inputs and float64 references for tests of Parallax and softmax attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Sequence
 
 import torch
 
+from lla_compile import backends
+from lla_compile.arguments import dtype_name
+from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.reference import parallax_reference, parallax_reference_backward
+from lla_compile.spec import LLASpec
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
 SHAPES = [
@@ -30,6 +35,21 @@ class ParallaxProblem:
 
     def reference_gradients(self) -> dict[str, torch.Tensor]:
         return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
+
+    def spec(self, op: str = "parallax", phase: str = "forward") -> LLASpec:
+        q, _, _, v = self.tensors
+        (batch, heads, seqlen_q, head_dim), (_, kv_heads, seqlen_k, head_dim_v) = q.shape, v.shape
+        return LLASpec(
+            dtype_name(q), head_dim, head_dim_v, batch, heads, kv_heads, seqlen_q, seqlen_k, op=op, phase=phase,
+            **self.options,
+        )  # fmt: skip
+
+    def inputs(self, op: str = "parallax", scale=None) -> dict:
+        """What an executable takes."""
+        named = dict(zip("qrkv", self.tensors))
+        if op == "softmax":
+            del named["r"]
+        return named | {"scale": named["q"].shape[3] ** -0.5 if scale is None else scale}
 
     def leaves(self) -> list[torch.Tensor]:
         return [x.detach().clone().requires_grad_() for x in self.tensors]
@@ -59,3 +79,25 @@ def gradients(problem: ParallaxProblem, attend) -> dict[str, torch.Tensor]:
     leaves = problem.leaves()
     out = attend(*leaves, **problem.options)
     return dict(zip(GRADIENTS, torch.autograd.grad(out, leaves, problem.grad_out)))
+
+
+def grown(problem: ParallaxProblem, growth: float) -> ParallaxProblem:
+    """The same with keys that grow to ``1 + growth`` times their size along the sequence."""
+    q, r, k, v = problem.tensors
+    factors = 1 + growth * torch.linspace(0, 1, k.shape[2], device=k.device)[:, None]
+    return replace(problem, tensors=(q, r, k * factors.to(k.dtype), v))
+
+
+def bound(problem: ParallaxProblem, backend: str, device, op: str = "parallax", phase: str = "forward", **knobs):
+    """The executable of a problem's plan; ``knobs`` override fields of the backend's default KernelConfig."""
+    spec = problem.spec(op, phase)
+    config = backends.get(backend).default_config(spec, device).as_dict() | knobs
+    plan = Plan(spec, device, KernelConfig.from_dict(config), Source.REQUESTED, 0.0, "a test")
+    return backends.get(backend).bind(plan)
+
+
+def run_forward(
+    problem: ParallaxProblem, wanted: Sequence[str], backend: str, device, op: str = "parallax", scale=None, **knobs
+) -> dict[str, torch.Tensor]:
+    """Outputs of the forward pass by name."""
+    return bound(problem, backend, device, op, **knobs)(problem.inputs(op, scale), tuple(wanted))

@@ -1,15 +1,18 @@
 """Parallax on the GPU: errors against float64, shapes and masks, repeatability, decoding, CUDA graphs, fla beside it."""
 
 import importlib.util
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from on_gpu import poison_free_memory
-from parallax_problems import GRADIENTS, SHAPES, gradients, make_parallax_problem
+from parallax_problems import GRADIENTS, SHAPES, gradients, grown, make_parallax_problem, run_forward
 from problems import assert_close, assert_gradients_close, relative_error
 
 from lla_compile import (
     KVCache,
+    backends,
     dispatch,
     parallax_attention,
     parallax_attention_varlen,
@@ -18,9 +21,12 @@ from lla_compile import (
     plan,
 )
 from lla_compile.arguments import Options
+from lla_compile.autograd import trained
+from lla_compile.devices import identify
 from lla_compile.reference import parallax_reference
 
 OUT_LIMIT, GRADIENT_LIMIT = 2.5e-3, 5e-3
+FORWARD = pytest.mark.parametrize("backend", ["triton", "cuda"])
 LARGER = [
     dict(seqlen_q=1000, heads=6, kv_heads=2, head_dim=96),
     dict(seqlen_q=1024, heads=4, head_dim=128),
@@ -35,8 +41,15 @@ def problem(**fields):
     return make_parallax_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
 
 
-def attend(*tensors, **options):
-    return parallax_attention(*tensors, backend="triton", **options)
+def attend(*tensors, backend="triton", **options):
+    return parallax_attention(*tensors, backend=backend, **options)
+
+
+def attend_on(backend, p):
+    """:func:`attend` with the forward pass of a backend, where it takes the problem; the backward pass is Triton's."""
+    if why := backends.get(backend).unsupported(p.spec(), identify("cuda")):
+        pytest.skip(f"{backend}: {why}")
+    return partial(attend, backend=backend)
 
 
 def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_dim=128, window=None):
@@ -54,9 +67,11 @@ def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_
     return (q, r, k, v), torch.tensor(lengths, dtype=torch.int32, device="cuda"), expected
 
 
+@FORWARD
 @pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
-def test_values_and_gradients(fields):
+def test_values_and_gradients(fields, backend):
     p = problem(**fields)
+    attend = attend_on(backend, p)
     poison_free_memory()
     assert_close(attend(*p.tensors, **p.options), p.reference(), OUT_LIMIT)
     expected = p.reference_gradients()
@@ -64,31 +79,56 @@ def test_values_and_gradients(fields):
     assert_gradients_close(gradients(p, attend), expected, GRADIENT_LIMIT)
 
 
+@FORWARD
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.float32, 1e-5)], ids=str)
-def test_other_types(dtype, limit):
+def test_other_types(dtype, limit, backend):
     p = problem(seqlen_q=500, head_dim=64, dtype=dtype)
+    attend = attend_on(backend, p)
     assert_close(attend(*p.tensors), p.reference(), limit)
     expected = p.reference_gradients()
     del expected["dscale"]
     assert_gradients_close(gradients(p, attend), expected, 5 * limit)
 
 
+@FORWARD
+@pytest.mark.parametrize("fields", [dict(offset=20.0), dict(offset=2.0, growth=8.0)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_an_offset_of_the_keys_costs_no_digits(head_dim):
-    p = problem(seqlen_q=1024, head_dim=head_dim, offset=20.0)
-    assert_close(attend(*p.tensors), p.reference(), OUT_LIMIT)
+def test_offsets_and_growth_of_the_keys_cost_no_digits(head_dim, fields, backend):
+    p = grown(problem(seqlen_q=1024, head_dim=head_dim, offset=fields["offset"]), fields.get("growth", 0.0))
+    assert_close(attend_on(backend, p)(*p.tensors), p.reference(), OUT_LIMIT)
 
 
+@FORWARD
+@pytest.mark.parametrize("op", ["parallax", "softmax"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_results_are_the_same_bit_for_bit(head_dim):
+def test_every_tile_and_what_it_saves(head_dim, op, backend):
+    p, device = problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
+    attend_on(backend, p)
+    executor, spec = backends.get(backend), p.spec(op)
+    double = replace(p, tensors=tuple(x.double() for x in p.tensors))
+    expected = run_forward(double, trained(op), "eager", device, op)
+    for config in (executor.default_config(spec, device), *executor.alternatives(spec, device)):
+        knobs = {name: value for name, value in config.as_dict().items() if name != "backend"}
+        got = run_forward(p, trained(op), backend, device, op, **knobs)
+        for name in expected:
+            assert relative_error(got[name], expected[name]) < OUT_LIMIT, (name, config.describe())
+
+
+@FORWARD
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_results_are_the_same_bit_for_bit(head_dim, backend):
     p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
-    first, second = (gradients(p, attend) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in GRADIENTS)
+    attend = attend_on(backend, p)
+    first, second = (gradients(p, attend) | {"out": attend(*p.tensors)} for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in (*GRADIENTS, "out"))
 
 
-def test_a_probe_of_zero_is_softmax_attention():
-    q, r, k, v = problem(seqlen_q=500, head_dim=64, probe=0.0).tensors
-    options = Options(op="softmax", backend="triton")
+@FORWARD
+def test_a_probe_of_zero_is_softmax_attention(backend):
+    p = problem(seqlen_q=500, head_dim=64, probe=0.0)
+    attend = attend_on(backend, p)
+    q, r, k, v = p.tensors
+    options = Options(op="softmax", backend=backend)
     softmax = dispatch.run("forward", dispatch.Inputs(q, k, v, None, None), options, ("out",))["out"]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert relative_error(softmax, expected.double()) < 4e-3
@@ -157,9 +197,10 @@ def test_decoding_in_a_cuda_graph_allocates_nothing_and_follows_the_lengths():
         assert_close(out, parallax_reference(row, probe, k[:, :, :length], v[:, :, :length]), OUT_LIMIT)
 
 
-def test_training_in_a_cuda_graph():
+@FORWARD
+def test_training_in_a_cuda_graph(backend):
     p = problem(seqlen_q=300, head_dim=64)
-    leaves = p.leaves()
+    leaves, attend = p.leaves(), attend_on(backend, p)
 
     def step():
         return torch.autograd.grad(attend(*leaves), leaves, p.grad_out)
@@ -176,8 +217,10 @@ def test_training_in_a_cuda_graph():
     assert all(torch.equal(x, y) for x, y in zip(captured, step()))
 
 
-def test_compiled_code():
+@FORWARD
+def test_compiled_code(backend):
     p = problem(seqlen_q=200, head_dim=64)
+    attend = attend_on(backend, p)
     compiled = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True)
     leaves = p.leaves()
     for x, y in zip(
@@ -188,12 +231,14 @@ def test_compiled_code():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
+@FORWARD
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim):
+def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim, backend):
     """A few per cent are the luck of the rounding."""
     from fla.ops.parallax import parallel_parallax
 
     p = problem(seqlen_q=1024, heads=4, head_dim=head_dim)
+    attend = attend_on(backend, p)
 
     def fla(*tensors):
         return parallel_parallax(*(x.transpose(1, 2).contiguous() for x in tensors)).transpose(1, 2)

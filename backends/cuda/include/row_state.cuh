@@ -321,6 +321,12 @@ struct Rounded {
     }
 };
 
+// A vector of which COLUMNS columns count, row by row, if there is a place for it.
+template <int COLUMNS, int WIDTH>
+DEVICE void store_state(float* to, const Vector<WIDTH>& value, const Rows& rows) {
+    if (to) InMemory<WIDTH, COLUMNS>{to, rows}.store(value);
+}
+
 // A result in the input type, rows of COLUMNS numbers `stride` apart.
 template <int COLUMNS, int WIDTH>
 DEVICE void store_result(uint16_t* to, int64_t stride, const Vector<WIDTH>& value, const Rows& rows) {
