@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends import Binary
 from lla_compile.backends.cuda import gram_config, gram_kernels, sweep_config, sweep_kernels
+from lla_compile.backends.cuda.sweep_parts import print_sweeps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +59,7 @@ class CudaBackend:
         return _choices(spec).infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
-        return _gram_source_hash() if spec.phase == "decode" else _sweep_source_hash(spec.op, spec.phase)
+        return _gram_source_hash() if spec.phase == "decode" else _sweep_source_hash(spec.op, spec.phase, config.schedule)
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         if spec.phase == "decode":
@@ -109,9 +110,14 @@ def _choices(spec: LLASpec):
 
 
 def _kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[gram_kernels.Kernel, ...]:
+    """Of decoding in launch order; of the forward pass the one of `fused`, or in `split` the one of every stage."""
     if spec.phase == "decode":
         return gram_kernels.kernels(spec, config, device)
-    return (sweep_kernels.kernel(spec, config, device),)
+    own = sweep_kernels.kernels(spec, config, device)
+    if config.schedule == "fused":
+        return own
+    parts = print_sweeps(spec.op, spec.phase, config.schedule).parts
+    return tuple(kernel for part, kernel in zip(parts, own) for _ in part.stages)
 
 
 @lru_cache(maxsize=None)
@@ -126,14 +132,15 @@ def _gram_source_hash() -> str:
 
 
 @lru_cache(maxsize=None)
-def _sweep_source_hash(op: str, phase: str) -> str:
+def _sweep_source_hash(op: str, phase: str, schedule: str) -> str:
     """Of the kernels of sweeps that hold query rows, what is printed among them."""
     from lla_compile.backends.cuda.compiler import source_hash
-    from lla_compile.backends.cuda.sweep_source import print_sweeps
 
+    headers = [part.headers for part in print_sweeps(op, phase, schedule).parts]
+    printed = {name: "".join(texts[name] for texts in headers) for name in headers[0]}
     sources = ("sweeps_mma.cu", "sweeps_wgmma.cu", "tile_order.cu")
     python_files = ("sweep_kernels.py", "sweep_launcher.py")
-    return source_hash(sources, python_files, print_sweeps(op, phase).headers)
+    return source_hash(sources, python_files, printed)
 
 
 BACKEND = CudaBackend()

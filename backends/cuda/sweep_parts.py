@@ -1,0 +1,121 @@
+"""Kernels of sweeps that hold query rows: which stages share a launch, what waits or crosses meanwhile, what is printed."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Iterable, Mapping
+
+from lla_compile.backends.cuda.split_source import PartPrinter
+from lla_compile.backends.cuda.sweep_arguments import LOOP_FIELD, Field, argument_fields
+from lla_compile.backends.cuda.sweep_source import SweepsPrinter
+from lla_compile.expr import Kind
+from lla_compile.lowering import lower
+from lla_compile.sweeps import Loop, Stage, Sweep, SweepList
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kernel.
+
+    Attributes:
+        stages: that it runs; where they are loops alone, a launch is one turn of them.
+        headers: what is printed, by the names that the written sources include it by.
+    """
+
+    stages: tuple[Stage, ...]
+    headers: Mapping[str, str]
+
+    @property
+    def repeats(self) -> bool:
+        return isinstance(self.stages[0], Loop)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is printed for an operator's pass under a schedule.
+
+    Attributes:
+        parts: in order of launch.
+        fields: of the arguments, in order.
+        program: the sweeps.
+        waiting: vectors that wait while keys are streamed, in order of their slots.
+        waiting_rows: the same of numbers of rows.
+        state: what is in memory whether it is asked for or not: of one part the vectors that wait, unless they are
+            parked; of several all that crosses them, these vectors first.
+    """
+
+    parts: tuple[Part, ...]
+    fields: tuple[Field, ...]
+    program: SweepList
+    waiting: tuple[str, ...]
+    waiting_rows: tuple[str, ...]
+    state: tuple[str, ...]
+
+    @property
+    def arguments(self) -> struct.Struct:
+        return struct.Struct("".join(field.format for field in self.fields))
+
+
+@lru_cache(maxsize=None)
+def print_sweeps(op: str, phase: str, schedule: str = "fused") -> Source:
+    """The CUDA C++ of an operator's sweeps; all of them have to hold query rows.
+
+    In ``fused`` one part has all stages. In ``split`` each sweep is a part, and so is a turn of the loops that follow each
+    other, whichever of them a group of rows is in.
+    """
+    program = lower(op, phase)
+    waiting = tuple(
+        name
+        for name, kind in program.crossing((stage,) for stage in program.stages).items()
+        if kind is Kind.VECTOR and name not in program.rounded
+    )
+    # What every turn of a loop reads and writes is kept closest.
+    loops = [stage.sweep for stage in program.stages if isinstance(stage, Loop)]
+    waiting = tuple(sorted(waiting, key=lambda name: (-_turns_with(name, loops), name)))
+    waiting_rows = _waiting_rows(program)
+    groups = loops_together(program)
+    if schedule == "fused":
+        fields = argument_fields(program, waiting)
+        printer = SweepsPrinter(program, waiting, waiting_rows, groups)
+        parts = (Part(program.stages, printer.headers(fields)),)
+        return Source(parts, fields, program, waiting, waiting_rows, waiting)
+    crossing = program.crossing(groups)
+    state = tuple(dict.fromkeys((*waiting, *crossing)))
+    fields = (*argument_fields(program, state), LOOP_FIELD)
+    parts = tuple(
+        Part(stages, PartPrinter(program, waiting, waiting_rows, stages, then, crossing).headers(fields))
+        for stages, then in zip(groups, (*groups[1:], ()))
+    )
+    return Source(parts, fields, program, waiting, waiting_rows, state)
+
+
+def loops_together(program: SweepList) -> tuple[tuple[Stage, ...], ...]:
+    """Stages in order; loops that follow each other take turns of one loop, as groups of rows need them."""
+    groups: list[tuple[Stage, ...]] = []
+    for stage in program.stages:
+        if groups and isinstance(stage, Loop) and isinstance(groups[-1][0], Loop):
+            groups[-1] += (stage,)
+        else:
+            groups.append((stage,))
+    return tuple(groups)
+
+
+def _waiting_rows(program: SweepList) -> tuple[str, ...]:
+    """Numbers of rows that outlive a sweep and that no sweep needs while it streams keys."""
+    streaming = set().union(*(_read_by_stream(sweep) for sweep in program.sweeps))
+    crossing = program.crossing((stage,) for stage in program.stages)
+    rows = [*program.row_scalars, *(name for name, kind in crossing.items() if kind is Kind.ROW)]
+    return tuple(name for name in rows if name not in streaming)
+
+
+def _read_by_stream(sweep: Sweep) -> set[str]:
+    names = {"lse"} if sweep.softmax == "saved" else set()
+    names |= {score.center for score in sweep.scores if score.center}
+    return names.union(*(sums.weight.symbols() for sums in sweep.accumulators))
+
+
+def _turns_with(name: str, loops: Iterable[Sweep]) -> int:
+    """How often a turn of the loops touches a vector."""
+    return sum((name in sweep.reads()) + (name in sweep.writes()) for sweep in loops)
