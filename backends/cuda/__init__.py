@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends import Binary
 from lla_compile.backends.cuda import gram_config, gram_kernels, sweep_config, sweep_kernels
-from lla_compile.backends.cuda.sweep_parts import print_sweeps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,14 +109,8 @@ def _choices(spec: LLASpec):
 
 
 def _kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[gram_kernels.Kernel, ...]:
-    """Of decoding in launch order; of the forward pass the one of `fused`, or in `split` the one of every stage."""
-    if spec.phase == "decode":
-        return gram_kernels.kernels(spec, config, device)
-    own = sweep_kernels.kernels(spec, config, device)
-    if config.schedule == "fused":
-        return own
-    parts = print_sweeps(spec.op, spec.phase, config.schedule).parts
-    return tuple(kernel for part, kernel in zip(parts, own) for _ in part.stages)
+    kernels = gram_kernels if spec.phase == "decode" else sweep_kernels
+    return kernels.kernels(spec, config, device)
 
 
 @lru_cache(maxsize=None)
@@ -135,6 +128,7 @@ def _gram_source_hash() -> str:
 def _sweep_source_hash(op: str, phase: str, schedule: str) -> str:
     """Of the kernels of sweeps that hold query rows, what is printed among them."""
     from lla_compile.backends.cuda.compiler import source_hash
+    from lla_compile.backends.cuda.sweep_parts import print_sweeps
 
     headers = [part.headers for part in print_sweeps(op, phase, schedule).parts]
     printed = {name: "".join(texts[name] for texts in headers) for name in headers[0]}
