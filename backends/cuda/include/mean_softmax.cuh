@@ -2,6 +2,7 @@
 // relative to its mean under p. Maximum and mean are those of some tile before, see mean_lowering.py: the sums so far are
 // moved along only when a score outgrows the maximum that is held by 2^SLACK.
 #pragma once
+#include <ptx_weights.cuh>
 #include <row_state.cuh>
 #include <weights.cuh>
 
@@ -45,7 +46,7 @@ struct MeanSoftmax {
             for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
         }
         bool outgrown = largest[0] * factor > maximum[0] + SLACK || largest[1] * factor > maximum[1] + SLACK;
-        moves = any_lane(outgrown);
+        moves = any_lane_says(outgrown);
         if (moves) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
@@ -121,7 +122,16 @@ struct MeanSoftmax {
 struct WeightPair {
     Weights<1> p, weighted;
 
+    // `of_p` is at most 2^SLACK.
     DEVICE void set(const float (&of_p)[BLOCK_K / 8][4], const float (&of_weighted)[BLOCK_K / 8][4]) {
-        p.set(of_p), weighted.set(of_weighted);
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                int at = n % 2 * 2 + i / 2;
+                p.of[0][n / 2][at] = pack_in_range(of_p[n][i], of_p[n][i + 1]);
+                weighted.of[0][n / 2][at] = pack(of_weighted[n][i], of_weighted[n][i + 1]);
+            }
+        }
     }
 };
