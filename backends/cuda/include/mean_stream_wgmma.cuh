@@ -6,6 +6,7 @@
 // operands, and the groups of rows of a block fill each other's waits.
 #pragma once
 #include <mean_softmax.cuh>
+#include <operands_mma.cuh>
 #include <stream_wgmma.cuh>
 
 // The same turn, which depends on a number that is never negative: ptxas moves a wait for products up past arithmetic
@@ -34,12 +35,16 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         WeightPair weights;
         Turn values = turn, held;  // of a tile, and of the tile before
         values.next();
-        auto weigh = [&](int at) {
+        auto prepare = [&](int at) {
             hold_all(s);
             softmax.scale(s);
             if (range.cuts(at)) group.mask(s, at);
-            softmax.weigh(s);
-            group.wait_for(once_known(softmax.sum[0] + softmax.sum[1], values));
+        };
+        auto weigh_anew = [&](int at) {
+            multiply_by_warp(s, group.q, group.stage(turn));
+            softmax.scale(s);
+            if (range.cuts(at)) group.mask(s, at);
+            softmax.weigh_anew(s);
         };
         auto start_second = [&] {
             group.start_rows<false>(a, probe.tile, turn);
@@ -56,11 +61,13 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         commit_products();
         start_second();
         wait_product_groups<1>();
-        weigh(begin);
+        prepare(begin);
+        softmax.weigh_once(s);
+        group.wait_for(values);
         wait_product_groups<0>();
         hold_all(a);
         group.release(turn);
-        softmax.move(s, a, sum, moment);
+        if (softmax.moves) softmax.move(s, a, sum, moment);
         softmax.combine(s, a, weight);
         weights.set(s, a);
         next();
@@ -78,16 +85,19 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             group.start_sum<ValueTile>(moment, weights.weighted, held);
             commit_products();
             wait_product_groups<AHEAD ? 2 : 1>();
-            weigh(at);
+            prepare(at);
+            softmax.weigh(s);
+            if constexpr (AHEAD) if (softmax.moves) weigh_anew(at);
+            group.wait_for(once_known(softmax.sum[0] + softmax.sum[1], values));
             if constexpr (AHEAD) {
                 wait_product_groups<1>();
                 hold_all(a);
-                group.release(turn);
                 if (softmax.moves) {
                     wait_product_groups<0>();
                     hold_all(sum.x), hold_all(moment.x);
                     softmax.move(s, a, sum, moment);
                 }
+                group.release(turn);
                 softmax.combine(s, a, weight);
             }
             wait_product_groups<0>();
@@ -95,6 +105,7 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             hold_weights(weights.p), hold_weights(weights.weighted);
             group.release(held);
             if constexpr (!AHEAD) {
+                if (softmax.moves) weigh_anew(at);
                 begin_products();
                 start_second();
                 wait_product_groups<0>();
