@@ -79,16 +79,34 @@ def test_unknown_gpu_takes_the_drivers_limits_else_those_of_its_architecture():
 
 
 @pytest.mark.parametrize(
-    "capability, per_block, per_sm",
-    [("8.0", 163, 164), ("8.6", 99, 100), ("8.9", 99, 100), ("9.0", 227, 228), ("10.0", 227, 228), ("12.0", 99, 100)],
+    "capability, per_block, per_sm, warps, blocks",
+    [
+        ("8.0", 163, 164, 64, 32),
+        ("8.6", 99, 100, 48, 16),
+        ("8.9", 99, 100, 48, 24),
+        ("9.0", 227, 228, 64, 32),
+        ("10.0", 227, 228, 64, 32),
+        ("12.0", 99, 100, 48, 24),
+    ],
 )
-def test_limits_by_compute_capability(capability, per_block, per_sm):
+def test_limits_by_compute_capability(capability, per_block, per_sm, warps, blocks):
+    """Of the CUDA C++ Programming Guide's technical specifications per compute capability."""
     listed = [d for d in known_devices() if d.compute_capability == capability]
     assert listed
     for device in listed:
         assert device.shared_memory_per_block == per_block * KIB
         assert device.shared_memory_per_sm == per_sm * KIB
         assert device.registers_per_sm == 65536
+        assert (device.warps_per_sm, device.blocks_per_sm) == (warps, blocks)
+
+
+@pytest.mark.parametrize(
+    "name, boost_ghz",
+    [("a100-40gb", 1.41), ("a100-80gb", 1.41), ("a10", 1.695), ("rtx3090", 1.695), ("rtx4090", 2.52), ("l4", 2.04)],
+)
+def test_peaks_are_quoted_at_the_boost_clock(name, boost_ghz):
+    """What the tensor peak says about the clock is what the vendor publishes, where it quotes the peak at that clock."""
+    assert resolve(name).clock_ghz == pytest.approx(boost_ghz, rel=0.005)
 
 
 def test_catalogue_is_consistent():
