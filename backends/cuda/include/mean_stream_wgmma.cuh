@@ -3,7 +3,8 @@
 //
 // Products of a tile's weights with values run while the next tile's scores become weights. Where registers are there for
 // it (SCORES_AHEAD == 2) so do the second scores' products; else those wait until the values' products have left their
-// operands, and the groups of rows of a block fill each other's waits.
+// operands, and the groups of rows of a block fill each other's waits. A warp whose maxima have been outgrown makes the
+// scores of its rows anew by its own instructions.
 #pragma once
 #include <mean_softmax.cuh>
 #include <operands_mma.cuh>
@@ -36,14 +37,12 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         Turn values = turn, held;  // of a tile, and of the tile before
         values.next();
         auto prepare = [&](int at) {
-            hold_all(s);
             softmax.scale(s);
             if (range.cuts(at)) group.mask(s, at);
         };
         auto weigh_anew = [&](int at) {
             multiply_by_warp(s, group.q, group.stage(turn));
-            softmax.scale(s);
-            if (range.cuts(at)) group.mask(s, at);
+            prepare(at);
             softmax.weigh_anew(s);
         };
         auto start_second = [&] {
@@ -61,6 +60,7 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         commit_products();
         start_second();
         wait_product_groups<1>();
+        hold_all(s);
         prepare(begin);
         softmax.weigh_once(s);
         group.wait_for(values);
@@ -85,6 +85,7 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             group.start_sum<ValueTile>(moment, weights.weighted, held);
             commit_products();
             wait_product_groups<AHEAD ? 2 : 1>();
+            hold_all(s);
             prepare(at);
             softmax.weigh(s);
             if constexpr (AHEAD) if (softmax.moves) weigh_anew(at);
