@@ -155,7 +155,9 @@ def test_split_is_fused_in_several_launches(emulated, gpu, block_q, precision, f
     """What crosses a launch crosses exactly, asked for or not, so that schedules differ in nothing but time."""
     p = (packed_problem if "lengths_q" in fields else problem)(**fields)
     plans = {
-        schedule: make_plan(p, "cuda", precision, resolve(gpu), schedule=schedule, **TILES[gpu, block_q], cg_max_iters=7)
+        schedule: make_plan(
+            p, "cuda", precision, resolve(gpu), schedule=schedule, **TILES[gpu, block_q], cg_max_iters=7
+        )
         for schedule in ("fused", "split")
     }
     wanted = ("out", *INFO, *SAVED)

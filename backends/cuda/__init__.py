@@ -58,7 +58,9 @@ class CudaBackend:
         return _choices(spec).infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
-        return _gram_source_hash() if spec.phase == "decode" else _sweep_source_hash(spec.op, spec.phase, config.schedule)
+        return (
+            _gram_source_hash() if spec.phase == "decode" else _sweep_source_hash(spec.op, spec.phase, config.schedule)
+        )
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         if spec.phase == "decode":

@@ -5,14 +5,14 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Iterable, Mapping
+from typing import Mapping
 
 from lla_compile.backends.cuda.split_source import PartPrinter
 from lla_compile.backends.cuda.sweep_arguments import LOOP_FIELD, Field, argument_fields
 from lla_compile.backends.cuda.sweep_source import SweepsPrinter
-from lla_compile.expr import Kind
+from lla_compile.backends.cuda.sweep_waiting import waiting_rows, waiting_vectors
 from lla_compile.lowering import lower
-from lla_compile.sweeps import Loop, Stage, Sweep, SweepList
+from lla_compile.sweeps import Loop, Stage, SweepList
 
 
 @dataclass(frozen=True)
@@ -66,29 +66,21 @@ def print_sweeps(op: str, phase: str, schedule: str = "fused") -> Source:
     other, whichever of them a group of rows is in.
     """
     program = lower(op, phase)
-    waiting = tuple(
-        name
-        for name, kind in program.crossing((stage,) for stage in program.stages).items()
-        if kind is Kind.VECTOR and name not in program.rounded
-    )
-    # What every turn of a loop reads and writes is kept closest.
-    loops = [stage.sweep for stage in program.stages if isinstance(stage, Loop)]
-    waiting = tuple(sorted(waiting, key=lambda name: (-_turns_with(name, loops), name)))
-    waiting_rows = _waiting_rows(program)
+    waiting, rows = waiting_vectors(program), waiting_rows(program)
     groups = loops_together(program)
     if schedule == "fused":
         fields = argument_fields(program, waiting)
-        printer = SweepsPrinter(program, waiting, waiting_rows, groups)
+        printer = SweepsPrinter(program, waiting, rows, groups)
         parts = (Part(program.stages, printer.headers(fields)),)
-        return Source(parts, fields, program, waiting, waiting_rows, waiting)
+        return Source(parts, fields, program, waiting, rows, waiting)
     crossing = program.crossing(groups)
     state = tuple(dict.fromkeys((*waiting, *crossing)))
     fields = (*argument_fields(program, state), LOOP_FIELD)
     parts = tuple(
-        Part(stages, PartPrinter(program, waiting, waiting_rows, stages, then, crossing).headers(fields))
+        Part(stages, PartPrinter(program, waiting, rows, stages, then, crossing).headers(fields))
         for stages, then in zip(groups, (*groups[1:], ()))
     )
-    return Source(parts, fields, program, waiting, waiting_rows, state)
+    return Source(parts, fields, program, waiting, rows, state)
 
 
 def loops_together(program: SweepList) -> tuple[tuple[Stage, ...], ...]:
@@ -100,22 +92,3 @@ def loops_together(program: SweepList) -> tuple[tuple[Stage, ...], ...]:
         else:
             groups.append((stage,))
     return tuple(groups)
-
-
-def _waiting_rows(program: SweepList) -> tuple[str, ...]:
-    """Numbers of rows that outlive a sweep and that no sweep needs while it streams keys."""
-    streaming = set().union(*(_read_by_stream(sweep) for sweep in program.sweeps))
-    crossing = program.crossing((stage,) for stage in program.stages)
-    rows = [*program.row_scalars, *(name for name, kind in crossing.items() if kind is Kind.ROW)]
-    return tuple(name for name in rows if name not in streaming)
-
-
-def _read_by_stream(sweep: Sweep) -> set[str]:
-    names = {"lse"} if sweep.softmax == "saved" else set()
-    names |= {score.center for score in sweep.scores if score.center}
-    return names.union(*(sums.weight.symbols() for sums in sweep.accumulators))
-
-
-def _turns_with(name: str, loops: Iterable[Sweep]) -> int:
-    """How often a turn of the loops touches a vector."""
-    return sum((name in sweep.reads()) + (name in sweep.writes()) for sweep in loops)

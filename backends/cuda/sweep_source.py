@@ -10,6 +10,7 @@ import math
 from typing import Iterable
 
 from lla_compile.backends.cuda.sweep_arguments import Field, arguments_text
+from lla_compile.backends.cuda.sweep_waiting import made_early
 from lla_compile.expr import Expr, Kind, fold
 from lla_compile.sweeps import Assign, Loop, P, Stage, Sweep, SweepList, sweep_of
 
@@ -28,21 +29,6 @@ _TEMPLATES = {
 # How the value of a ROW is called where an expression ranges over rows, elements of a vector, or pairs.
 _ROW_INDEX = {Kind.ROW: "[r]", Kind.VECTOR: "[i / 2]", Kind.TILE: "[r]"}
 _LOOP_BIT = "(({0}[0] > 0 || {0}[1] > 0) << {1})"
-
-
-def _made_early(assigns: tuple[Assign, ...], waiting: tuple[str, ...]) -> tuple[Assign, ...]:
-    """The same assignments; vectors that go straight to where they wait are made as soon as what they take is there, so
-    that they and it leave their registers."""
-    ordered: list[Assign] = []
-    for number, assign in enumerate(assigns):
-        others = (*assigns[:number], *assigns[number + 1 :])
-        touched = {other.name for other in others}.union(*(other.value.symbols() for other in others))
-        place = len(ordered)
-        if assign.name in waiting and assign.name not in touched:
-            while place and ordered[place - 1].name not in assign.value.symbols():
-                place -= 1
-        ordered.insert(place, assign)
-    return tuple(ordered)
 
 
 class _Lines(list):
@@ -310,7 +296,7 @@ class SweepsPrinter:
     def _assign_all(self, assigns: tuple[Assign, ...], at_hand: set[str]) -> None:
         """Assignments; what waits is fetched before the first one that reads it, and put back after the last."""
         waits = {*self.waiting, *self.waiting_rows}
-        assigns = _made_early(assigns, self.waiting)
+        assigns = made_early(assigns, self.waiting)
         last_write = {assign.name: number for number, assign in enumerate(assigns)}
         for number, assign in enumerate(assigns):
             self._fetch(assign.value.symbols(), at_hand)

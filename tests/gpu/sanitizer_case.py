@@ -3,13 +3,18 @@
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from decode_problems import STREAM  # noqa: E402
 from on_gpu import forward, gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients  # noqa: E402
+from parallax_problems import make_parallax_problem, run_forward  # noqa: E402
 from problems import assert_close, make_grad_out  # noqa: E402
 
+from lla_compile.autograd import trained  # noqa: E402
 from lla_compile.backends.cuda import runtime  # noqa: E402
+from lla_compile.devices import identify  # noqa: E402
 
 CASES = [
     dict(heads=3, kv_heads=1, seqlen_q=65, head_dim=40, head_dim_v=24),
@@ -41,6 +46,11 @@ assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_ite
 for backend in BACKENDS:
     for schedule in ("fused", "split"):
         assert_close(forward(backend, p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
+for fields in CASES:
+    p = make_parallax_problem(**fields, dtype=torch.bfloat16, device="cuda")
+    for backend in BACKENDS:
+        got = run_forward(p, trained("parallax"), backend, identify("cuda"))
+        assert_close(got["out"], p.reference(), 2.5e-3)
 for fields in DECODE_CASES:
     p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
     for backend in BACKENDS:
