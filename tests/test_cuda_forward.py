@@ -55,7 +55,7 @@ PACKED = [
     ("a100", 128, "accurate", dict(lengths_q=[0, 70, 0], lengths_k=[0, 99, 3], is_causal=False)),
     ("a100", 128, "fast", dict(lengths_q=[33, 40], lengths_k=[90, 40], window_size=17)),
 ]
-# What crosses launches: in registers, in shared memory; widths of odd rows, rows without keys or without a tile of their own.
+# What crosses launches: in registers, in shared memory; odd widths, rows without keys, tiles without rows.
 SPLIT = [
     ("h200", 128, "accurate", dict(window_size=40, seqlen_q=150, seqlen_k=120, heads=2, kv_heads=1)),
     ("a100", 128, "accurate", dict(head_dim=33, head_dim_v=8, lengths_q=[70, 0, 33], lengths_k=[30, 5, 50])),

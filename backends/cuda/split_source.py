@@ -12,8 +12,8 @@ from lla_compile.sweeps import Loop, Stage, Sweep, SweepList
 class PartPrinter(SweepsPrinter):
     """A sweep, or one turn of loops.
 
-    What a stream of keys needs is loaded when a part begins and stored when it ends; everything else is in memory all the
-    time, and rows fetch it where they use it.
+    What a stream of keys needs is loaded when a part begins and stored when it ends; everything else is in memory all
+    the time, and rows fetch it where they use it.
 
     Args:
         program, waiting, waiting_rows: see :class:`SweepsPrinter`.

@@ -23,8 +23,8 @@ LOOP_FIELD = Field("loop_of_group", "int32_t* loop_of_group", "Q")
 
 
 def argument_fields(program: SweepList, state: tuple[str, ...]) -> tuple[Field, ...]:
-    """The members: inputs, outputs, state that is no output, then strides, numbers and counts, and where packed sequences
-    end and which tile runs when."""
+    """The members: inputs, outputs, state that is no output, then strides, numbers and counts, and where packed
+    sequences end and which tile runs when."""
 
     def pointer(name: str, of: str) -> Field:
         return Field(name, f"{of}* {name}", "Q")

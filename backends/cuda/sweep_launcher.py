@@ -102,7 +102,7 @@ class SweepLauncher:
         return ends_q, ends_k, ends_q.new_empty((sweep_kernels.max_tiles(self._plan.spec, self._plan.config), 2))
 
     def _loops_of_groups(self, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Memory of what `split` alone takes."""
+        """Memory of which of the loops each group of rows is in, which `split` alone takes."""
         plan = self._plan
         if plan.config.schedule == "fused":
             return ()

@@ -1,4 +1,4 @@
-"""Kernels of sweeps that hold query rows: which stages share a launch, what waits or crosses meanwhile, what is printed."""
+"""The kernels that sweeps become: which stages share a launch, what is in memory meanwhile, and what is printed."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Source:
 def print_sweeps(op: str, phase: str, schedule: str = "fused") -> Source:
     """The CUDA C++ of an operator's sweeps; all of them have to hold query rows.
 
-    In ``fused`` one part has all stages. In ``split`` each sweep is a part, and so is a turn of the loops that follow each
-    other, whichever of them a group of rows is in.
+    In ``fused`` one part has all stages. In ``split`` each sweep is a part, and so is a turn of the loops that follow
+    each other, whichever of them a group of rows is in.
     """
     program = lower(op, phase)
     waiting, rows = waiting_vectors(program), waiting_rows(program)

@@ -148,6 +148,7 @@ class SweepsPrinter:
         self.terms = "TERMS"
 
     def first_loop(self, loops: tuple[Loop, ...]) -> str:
+        """The number of the one that groups of rows begin with."""
         return "TERMS == 2 ? 0 : 1" if self._needs_two_terms(loops[0]) else "0"
 
     def _needs_two_terms(self, loop: Loop) -> bool:

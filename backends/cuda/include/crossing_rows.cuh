@@ -1,5 +1,5 @@
-// Numbers of rows while sweeps are launches of their own: in memory, and fetched where rows use them, so that they take no
-// registers while keys are streamed. They are loaded and stored as those that wait within a launch, see row_state.cuh.
+// Numbers of rows where sweeps are launches of their own: in memory, and fetched where rows use them, so that they take
+// no registers while keys are streamed. They are loaded and stored as those that wait within a launch, see row_state.cuh.
 #pragma once
 #include <row_group.cuh>
 
@@ -31,7 +31,7 @@ struct GivenRow {
     DEVICE void load(Row& to) const { to = group.given(from, number_of_all, strides); }
 };
 
-// Which of the loops a group is in. It stays there when more of its residuals grow large again.
+// Which of the loops a group is in, from one turn to the next: it never goes back, whatever its residuals do.
 struct LoopInMemory {
     int32_t* place;
 
