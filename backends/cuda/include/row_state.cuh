@@ -24,16 +24,6 @@ struct Rows {
     DEVICE int64_t dense(int r, int width) const { return memory_row(r) * width; }
 };
 
-// Write numbers of rows, if there is a place for them.
-template <class T>
-DEVICE void store(T* to, const Row& value, const Rows& rows) {
-    if (!to || rows.lane() % 4) return;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        if (rows.exists(r)) to[rows.memory_row(r)] = T(value[r]);
-    }
-}
-
 // A vector that waits in memory while keys are streamed: WIDTH columns, of which LOADED count, row by row.
 template <int WIDTH, int LOADED>
 struct InMemory {

@@ -61,6 +61,16 @@ DEVICE Row sum_of_rows(F product) {
     return {sum_of_row(sums[0]), sum_of_row(sums[1])};
 }
 
+// Write numbers of rows, if there is a place for them.
+template <class T, class Rows>
+DEVICE void store(T* to, const Row& value, const Rows& rows) {
+    if (!to || rows.lane() % 4) return;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        if (rows.exists(r)) to[rows.memory_row(r)] = T(value[r]);
+    }
+}
+
 // A result in the input type, rows of COLUMNS numbers `stride` apart.
 template <int COLUMNS, int WIDTH, class Rows>
 DEVICE void store_result(uint16_t* to, int64_t stride, const Vector<WIDTH>& value, const Rows& rows) {
