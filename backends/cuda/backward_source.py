@@ -247,13 +247,17 @@ class _SweepPrinter:
         out.add("const SweepArguments& g = copier.g;")
         out.add("#pragma unroll 1")
         out.open("for (int head = 0; head < copier.heads(); ++head)")
+        if self.holds_keys:
+            out.add("const float* numbers = copier.first_numbers(head);")
+        for name in self.streamed:
+            out.add(f"const uint16_t* {name} = copier.first_of<Streamed_{name}>(g.{name}, g.{name}_strides, head);")
         out.add("#pragma unroll 1")
         out.open("for (int at = 0; at < copier.block().tiles; ++at)")
-        out.add("copier.begin();")
+        out.add("copier.begin(at);")
         if self.holds_keys:
-            out.add("copier.copy_numbers(head, at);")
+            out.add("copier.copy_numbers(numbers);")
         for name in self.streamed:
-            out.add(f"copier.copy<Streamed_{name}>(g.{name}, g.{name}_strides, head, at);")
+            out.add(f"copier.copy<Streamed_{name}>({name}, g.{name}, g.{name}_strides, head, at);")
         out.add("copier.end();")
         out.close()
         out.close()
@@ -273,6 +277,7 @@ class _SweepPrinter:
             if score.center:
                 out.add(f"hold_all({score.name});")
         self._keep()
+        out.add("stage.group.take_turn();")
         out.add("begin_products();")
         for score in scores:
             held, streamed = self.pairs[score.name]
@@ -280,10 +285,12 @@ class _SweepPrinter:
             out.add(f"{held}.multiply<{seeded}, Streamed_{streamed}>({score.name}, stage);")
             if score is scores[0] or score is scores[-1]:
                 out.add("commit_products();")
+        out.add("stage.group.end_turn();")
         first, *others = (score.name for score in scores)
         out.add(f"wait_product_groups<{int(bool(others))}>();")
         out.add(f"hold_all({first});")
         out.add(f"stage.weigh({first});")
+        out.add(f"hold_all({first});")  # before the others are waited for
         if others:
             out.add("wait_product_groups<0>();")
         for name in others:

@@ -14,6 +14,7 @@ struct StreamRange {
 
 struct HeldBlock {
     int64_t batch, head;     // of the held side
+    int64_t streamed_head;   // the first one that is streamed
     int first;               // of those held, within their sequence
     int held, streamed;      // lengths of the sequence
     int64_t memory_row;      // of the head's first query, where tensors are dense
@@ -33,6 +34,7 @@ struct HeldBlock {
         int size = min(batch_heads - first_head, together), local = program - group * (blocks * together);
         int index = first_head + local % size, rank = local / size;
         batch = index / heads, head = index % heads;
+        streamed_head = HOLDS_KEYS ? head * g.group_size : index % heads / g.group_size;
         memory_row = int64_t(index) * g.seqlen_q;
         // What sees most goes first, so that short blocks fill the tail: causal rows are many at the end, keys' at the
         // beginning.
@@ -71,11 +73,9 @@ struct HeldBlock {
     DEVICE T* of_head(T* base, const int64_t (&strides)[3]) const {
         return base ? base + batch * strides[0] + head * strides[1] : nullptr;
     }
-    // The streamed side of query head `number` of those that share the held keys, or the keys of the held rows.
-    DEVICE Cache streamed_cache(const SweepArguments& g, const uint16_t* base, const int64_t (&strides)[3],
-                                int number) const {
-        int64_t of = HOLDS_KEYS ? head * g.group_size + number : head / g.group_size;
-        return {base + batch * strides[0] + of * strides[1], 0, strides[2]};
+    // The streamed side, of one of the heads that are streamed.
+    DEVICE Cache streamed_cache(const uint16_t* base, const int64_t (&strides)[3], int number) const {
+        return {base + batch * strides[0] + (streamed_head + number) * strides[1], 0, strides[2]};
     }
 };
 

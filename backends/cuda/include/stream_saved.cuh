@@ -3,10 +3,12 @@
 //
 // A block has groups of four warps. Each but the last holds 64 query rows or keys; the last one copies tiles of the other
 // side, and the numbers of rows among them, into a ring of stages. A group waits for the products that it has started:
-// those of another group run meanwhile.
+// those of another group run meanwhile. Groups start the scores of a tile one after another, or they would wait for the
+// tensor cores together and leave them idle together.
 #pragma once
 #include <held_block.cuh>
 #include <products_sm90.cuh>
+#include <ptx_turns.cuh>
 #include <operands.cuh>
 
 constexpr int GROUP = 2 * GROUP_ROWS;  // threads
@@ -39,35 +41,57 @@ struct Copier {
     const SweepArguments& g;
     Shared& shared;
     Turn turn = {};
+    bool whole = false;  // whether all rows of the tile are there
 
     DEVICE const HeldBlock& block() const { return shared.block; }
     DEVICE int heads() const { return HOLDS_KEYS ? g.group_size : 1; }
 
-    DEVICE void begin() { wait_phase(&shared.empty[turn.stage], turn.parity ^ 1); }
-
+    // What a thread copies of the head's first tile.
     template <class T>
-    DEVICE void copy(const uint16_t* base, const int64_t (&strides)[3], int head, int at) {
-        TileCopy<typename T::Tile, GROUP> copy(thread_anew() % GROUP);
-        constexpr int NO_PAGES[TileCopy<typename T::Tile, GROUP>::COUNT] = {};
-        Slots slots = {(block().first_tile + at) * BLOCK_K, 0, block().streamed, nullptr};
-        copy.start(shared_address(shared.stages[turn.stage]) + T::OFFSET,
-                   block().streamed_cache(g, base, strides, head), slots, NO_PAGES);
+    DEVICE const uint16_t* first_of(const uint16_t* base, const int64_t (&strides)[3], int head) const {
+        TileCopy<typename T::Tile, GROUP> copy(threadIdx.x % GROUP);
+        Cache cache = block().streamed_cache(base, strides, head);
+        return cache.base + (block().first_tile * BLOCK_K + copy.key) * cache.row_stride + copy.chunk * CHUNK;
+    }
+    // The table has rows beyond the last query, so that every tile has all its numbers.
+    DEVICE const float* first_numbers(int head) const {
+        int64_t row = (block().batch * g.num_heads + block().streamed_head + head) * g.table_rows;
+        return g.table + (row + block().first_tile * BLOCK_K) * NUMBERS + 4 * (threadIdx.x % GROUP);
     }
 
-    // The table has rows beyond the last query, so that every tile has all its numbers.
-    DEVICE void copy_numbers(int head, int at) {
-        int chunk = thread_anew() % GROUP;
-        if (chunk >= NUMBERS_OF_TILE / 4) return;
-        int64_t row = (block().batch * g.num_heads + block().head * g.group_size + head) * g.table_rows;
-        row += (block().first_tile + at) * BLOCK_K;
-        const float* from = g.table + row * NUMBERS + 4 * chunk;
-        uint32_t to = shared_address(shared.numbers[turn.stage]) + 16 * chunk;
-        if (ALIGNED) {
-            copy_16_async(to, from);
+    DEVICE void begin(int at) {
+        whole = (block().first_tile + at + 1) * BLOCK_K <= block().streamed;
+        wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
+    }
+
+    // `from` moves on by a tile.
+    template <class T>
+    DEVICE void copy(const uint16_t*& from, const uint16_t* base, const int64_t (&strides)[3], int head, int at) {
+        using Tile = typename T::Tile;
+        TileCopy<Tile, GROUP> copy(threadIdx.x % GROUP);
+        uint32_t to = shared_address(shared.stages[turn.stage]) + T::OFFSET;
+        if (ALIGNED && Tile::WIDTH == Tile::BLOCK_WIDTH && whole) {
+            copy.start_whole(to, from, copy.ROWS * strides[2]);
         } else {
-            const uint32_t* bits = reinterpret_cast<const uint32_t*>(from);
-            store_shared_16(to, bits[0], bits[1], bits[2], bits[3]);
+            constexpr int NO_PAGES[copy.COUNT] = {};
+            Slots slots = {(block().first_tile + at) * BLOCK_K, 0, block().streamed, nullptr};
+            copy.start(to, block().streamed_cache(base, strides, head), slots, NO_PAGES);
         }
+        from += BLOCK_K * strides[2];
+    }
+
+    DEVICE void copy_numbers(const float*& from) {
+        int chunk = threadIdx.x % GROUP;
+        if (chunk < NUMBERS_OF_TILE / 4) {
+            uint32_t to = shared_address(shared.numbers[turn.stage]) + 16 * chunk;
+            if (ALIGNED) {
+                copy_16_async(to, from);
+            } else {
+                const uint32_t* bits = reinterpret_cast<const uint32_t*>(from);
+                store_shared_16(to, bits[0], bits[1], bits[2], bits[3]);
+            }
+        }
+        from += NUMBERS_OF_TILE;
     }
 
     DEVICE void end() {
@@ -186,11 +210,19 @@ struct Group {
         if (HeldRows::lane() == 0) arrive(&shared.empty[turn.stage]);
         turn.next();
     }
+    DEVICE void take_turn() const {
+        if constexpr (ROW_GROUPS > 1) wait_for_turn(number());
+    }
+    DEVICE void end_turn() const {
+        if constexpr (ROW_GROUPS > 1) give_turn(number() == ROW_GROUPS - 1 ? 0 : number() + 1);
+    }
     // Tiles that this group does not need.
     DEVICE void pass(int tiles) {
 #pragma unroll 1
         for (int i = 0; i < tiles; ++i) {
             wait_phase(&shared.full[turn.stage], turn.parity);
+            take_turn();
+            end_turn();
             release();
         }
     }
@@ -200,6 +232,8 @@ struct Group {
     DEVICE void stream(F tile) {
         StreamRange range = block.tiles_of<GROUP_ROWS>(block.first + GROUP_ROWS * number());
         int begin = max(range.begin, 0), end = max(range.end, begin), heads = HOLDS_KEYS ? g.group_size : 1;
+        // The first group begins; what the last one gives it after the last tile is left over.
+        if (ROW_GROUPS > 1 && number() == ROW_GROUPS - 1) give_turn(0);
 #pragma unroll 1
         for (int head = 0; head < heads; ++head) {
             pass(begin);
@@ -217,7 +251,7 @@ struct Group {
 
 template <class S>
 DEVICE uint32_t Stage::address() const {
-    return shared_address(group.shared.stages[0]) + uniform(number) * STAGE_BYTES + S::OFFSET;
+    return shared_address(group.shared.stages[0]) + number * STAGE_BYTES + S::OFFSET;
 }
 
 // COUNT numbers, from the FIRST on, of the rows of the pairs in tile n.
