@@ -26,6 +26,7 @@ _BLOCK_BYTES = 64  # of struct HeldBlock
 _ALIGNMENT = 16  # of struct Shared
 _OTHER_REGISTERS = 24  # addresses, bounds of the stream, what an expression has under way
 _WINDOW_REGISTERS = 8  # where a window begins
+_ROWS_A_REGISTER = 8  # of those streamed, for what is read ahead of their numbers
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 _ROWS_THREADS = 256  # of the kernel that makes the table
 
@@ -68,11 +69,12 @@ def _columns(spec: LLASpec, source: SweepSource, names: tuple[str, ...]) -> int:
 def registers(spec: LLASpec, source: SweepSource, shape: Shape, in_registers: int = 0) -> int:
     """What a thread that holds something takes, with so many of the held operands in registers.
 
-    Sums, and scores, whose registers the weights take over; numbers of held rows.
+    Sums, and scores, whose registers the weights take over; numbers of held rows, or of streamed ones as far as they are
+    read ahead.
     """
     count = _columns(spec, source, source.sums) // 2 + len(source.sweep.scores) * shape.streamed // 2
     count += _columns(spec, source, source.held[:in_registers]) // 4
-    count += 2 * source.numbers if source.sweep.holds == "rows" else 0
+    count += 2 * source.numbers if source.sweep.holds == "rows" else shape.streamed // _ROWS_A_REGISTER
     return count + _OTHER_REGISTERS + (_WINDOW_REGISTERS if spec.window_size is not None else 0)
 
 
