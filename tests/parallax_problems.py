@@ -1,9 +1,16 @@
 """Inputs and float64 references for tests of Parallax and softmax attention."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Mapping
 
 import torch
 
+from lla_compile import LLASpec, backends
+from lla_compile.arguments import dtype_name
+from lla_compile.backends import Executable
+from lla_compile.devices import DeviceInfo, resolve
+from lla_compile.lowering import lower
+from lla_compile.plans import Plan, Source
 from lla_compile.reference import parallax_reference, parallax_reference_backward
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
@@ -30,6 +37,11 @@ class ParallaxProblem:
 
     def reference_gradients(self) -> dict[str, torch.Tensor]:
         return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
+
+    def spec(self, op: str, phase: str) -> LLASpec:
+        q, _, k, v = self.tensors
+        heads = q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]
+        return LLASpec(dtype_name(q), q.shape[3], v.shape[3], *heads, op=op, phase=phase, **self.options)
 
     def leaves(self) -> list[torch.Tensor]:
         return [x.detach().clone().requires_grad_() for x in self.tensors]
@@ -59,3 +71,40 @@ def gradients(problem: ParallaxProblem, attend) -> dict[str, torch.Tensor]:
     leaves = problem.leaves()
     out = attend(*leaves, **problem.options)
     return dict(zip(GRADIENTS, torch.autograd.grad(out, leaves, problem.grad_out)))
+
+
+@dataclass(frozen=True)
+class BoundBackward:
+    """A backward pass with its inputs: a function of the wanted outputs."""
+
+    executable: Executable
+    inputs: Mapping[str, torch.Tensor | float]
+
+    def __call__(self, *wanted: str) -> dict[str, torch.Tensor]:
+        return dict(self.executable(self.inputs, wanted))
+
+
+def bound_backward(
+    problem: ParallaxProblem,
+    backend: str,
+    device: DeviceInfo,
+    forward: str = "eager",
+    op="parallax",
+    scale=None,
+    **knobs,
+) -> BoundBackward:
+    """The backward pass of one backend after the forward pass of another, with ``knobs`` of the backward pass."""
+    q, r, k, v = problem.tensors
+    inputs = {"q": q, "k": k, "v": v, "scale": q.shape[3] ** -0.5 if scale is None else scale}
+    inputs |= {"r": r} if op == "parallax" else {}
+
+    def bind(name: str, phase: str, on: DeviceInfo, **knobs) -> Executable:
+        spec, of = problem.spec(op, phase), backends.get(name)
+        config = replace(of.default_config(spec, on), **knobs)
+        assert (why := of.infeasible(spec, config, on)) is None, why
+        return of.bind(Plan(spec, on, config, Source.REQUESTED, 0.0, "a test"))
+
+    saved = ("out", *lower(op, "backward").given)
+    given = bind(forward, "forward", resolve("cpu") if forward == "eager" else device)(inputs, saved)
+    inputs |= {name: given[name] for name in saved} | {"grad_out": problem.grad_out}
+    return BoundBackward(bind(backend, "backward", device, **knobs), inputs)

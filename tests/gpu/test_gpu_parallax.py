@@ -5,11 +5,12 @@ import importlib.util
 import pytest
 import torch
 from on_gpu import poison_free_memory
-from parallax_problems import GRADIENTS, SHAPES, gradients, make_parallax_problem
-from problems import assert_close, assert_gradients_close, relative_error
+from parallax_problems import GRADIENTS, SHAPES, bound_backward, gradients, make_parallax_problem
+from problems import assert_close, assert_gradients_close, relative_error, relative_errors
 
 from lla_compile import (
     KVCache,
+    backends,
     dispatch,
     parallax_attention,
     parallax_attention_varlen,
@@ -18,9 +19,11 @@ from lla_compile import (
     plan,
 )
 from lla_compile.arguments import Options
+from lla_compile.devices import identify
 from lla_compile.reference import parallax_reference
 
 OUT_LIMIT, GRADIENT_LIMIT = 2.5e-3, 5e-3
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "cuda"])
 LARGER = [
     dict(seqlen_q=1000, heads=6, kv_heads=2, head_dim=96),
     dict(seqlen_q=1024, heads=4, head_dim=128),
@@ -39,6 +42,14 @@ def attend(*tensors, **options):
     return parallax_attention(*tensors, backend="triton", **options)
 
 
+def gradients_of(backend, p, op="parallax", names=GRADIENTS):
+    """After Triton's forward pass; a test of what the backend does not take is skipped with its reason."""
+    device = identify("cuda")
+    if reason := backends.get(backend).unsupported(p.spec(op, "backward"), device):
+        pytest.skip(f"{backend}: {reason}")
+    return bound_backward(p, backend, device, "triton", op)(*names)
+
+
 def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_dim=128, window=None):
     """Queries, probes, keys and values with NaN in the slots past ``lengths``, and what decoding should give."""
     fields = dict(seqlen_q=queries, seqlen_k=capacity, batch=len(lengths), heads=heads, kv_heads=kv_heads)
@@ -55,22 +66,50 @@ def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_
 
 
 @pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
-def test_values_and_gradients(fields):
+def test_values(fields):
     p = problem(**fields)
     poison_free_memory()
     assert_close(attend(*p.tensors, **p.options), p.reference(), OUT_LIMIT)
+
+
+@BACKENDS
+@pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
+def test_gradients(fields, backend):
+    p = problem(**fields)
+    poison_free_memory()
     expected = p.reference_gradients()
+    got = gradients_of(backend, p, names=tuple(expected))
+    assert relative_errors(got, expected)["dscale"] <= 2e-2
     del expected["dscale"]
-    assert_gradients_close(gradients(p, attend), expected, GRADIENT_LIMIT)
+    assert_gradients_close({name: got[name] for name in expected}, expected, GRADIENT_LIMIT)
 
 
+@BACKENDS
+@pytest.mark.parametrize("wanted", [("dv",), ("dk",), ("dq", "dv"), ("dr", "dk")], ids=str)
+def test_some_gradients(wanted, backend):
+    p = problem(seqlen_q=300, head_dim=64)
+    together, alone = gradients_of(backend, p), gradients_of(backend, p, names=wanted)
+    assert all(torch.equal(alone[name], together[name]) for name in wanted)
+
+
+@BACKENDS
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_softmax_attention(head_dim, backend):
+    p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
+    q, _, k, v = (x.double().requires_grad_() for x in p.tensors)
+    out = parallax_reference(q, None, k, v)
+    expected = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), p.grad_out.double())))
+    assert_gradients_close(gradients_of(backend, p, "softmax", tuple(expected)), expected, GRADIENT_LIMIT)
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.float32, 1e-5)], ids=str)
-def test_other_types(dtype, limit):
+def test_other_types(dtype, limit, backend):
     p = problem(seqlen_q=500, head_dim=64, dtype=dtype)
     assert_close(attend(*p.tensors), p.reference(), limit)
     expected = p.reference_gradients()
     del expected["dscale"]
-    assert_gradients_close(gradients(p, attend), expected, 5 * limit)
+    assert_gradients_close(gradients_of(backend, p), expected, 5 * limit)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -79,10 +118,11 @@ def test_an_offset_of_the_keys_costs_no_digits(head_dim):
     assert_close(attend(*p.tensors), p.reference(), OUT_LIMIT)
 
 
+@BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_results_are_the_same_bit_for_bit(head_dim):
+def test_results_are_the_same_bit_for_bit(head_dim, backend):
     p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
-    first, second = (gradients(p, attend) for _ in range(2))
+    first, second = (gradients_of(backend, p) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in GRADIENTS)
 
 
@@ -188,8 +228,9 @@ def test_compiled_code():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
+@BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim):
+def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim, backend):
     """A few per cent are the luck of the rounding."""
     from fla.ops.parallax import parallel_parallax
 
@@ -200,6 +241,7 @@ def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim):
 
     expected = p.reference_gradients() | {"out": p.reference()}
     del expected["dscale"]
-    ours, theirs = (gradients(p, op) | {"out": op(*p.tensors)} for op in (attend, fla))
+    ours = gradients_of(backend, p) | {"out": attend(*p.tensors)}
+    theirs = gradients(p, fla) | {"out": fla(*p.tensors)}
     for name, exact in expected.items():
         assert relative_error(ours[name], exact) <= 1.05 * relative_error(theirs[name], exact), name
