@@ -38,6 +38,11 @@ class ParallaxProblem:
     def reference_gradients(self) -> dict[str, torch.Tensor]:
         return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
 
+    def reference_row_dscale(self) -> torch.Tensor:
+        """Of every row: dq = scale sum_j ds_j k_j, and dscale is q times that sum."""
+        q = self.tensors[0].double()
+        return (q * self.reference_gradients()["dq"]).sum(-1) * q.shape[3] ** 0.5
+
     def spec(self, op: str, phase: str) -> LLASpec:
         q, _, k, v = self.tensors
         heads = q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]
