@@ -6,7 +6,7 @@ import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Sequence
 
 from lla_compile import backends
 from lla_compile.backends import CompileError
@@ -34,13 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--page-size", nargs="+", type=int, default=[], metavar="N",
         help="also for caches in pages of so many keys (default: dense caches only)",
     )  # fmt: skip
+    parser.add_argument(
+        "--packed", action="store_true", help="also for packed sequences in the forward pass (default: batches only)"
+    )
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
     try:
         device = resolve(options.gpu)
-        plans = list(dict.fromkeys(plans_of(device, options.defaults, tuple(options.page_size))))
+        plans = list(dict.fromkeys(plans_of(device, options.defaults, options.page_size, options.packed)))
         if not plans:
             raise ValueError(
                 f"no plan of {device.id} is of backend {BACKEND}; --defaults takes its defaults for the keys there are"
@@ -56,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def plans_of(
-    device: DeviceInfo, defaults: bool, page_sizes: tuple[int, ...] = ()
+    device: DeviceInfo, defaults: bool, page_sizes: Sequence[int] = (), packed: bool = False
 ) -> Iterator[tuple[LLASpec, KernelConfig]]:
     """The plans of this backend in the overlay and in the shipped database, for dense caches and for ``page_sizes``.
 
@@ -64,18 +67,26 @@ def plans_of(
         device: whose entries are read.
         defaults: whether to give the backend's default where an entry is of another one.
         page_sizes: keys of a page.
+        packed: whether plans of the forward pass are for packed sequences as well.
     """
     backend = backends.get(BACKEND)
     for directory in (overlay_dir(), shipped_dir()):
         document = store.load(device_file(directory, device.id))
         for entry in document.entries if document else ():
-            spec = entry.spec()
-            for page_size in (None, *page_sizes) if spec.phase == "decode" else (None,):
-                paged = spec if page_size is None else _paged(spec, page_size)
+            for spec in _variants(entry.spec(), page_sizes, packed):
                 if entry.config.backend == BACKEND:
-                    yield paged, entry.config
-                elif defaults and backend.unsupported_spec(paged, device) is None:
-                    yield paged, backend.default_config(paged, device)
+                    yield spec, entry.config
+                elif defaults and backend.unsupported_spec(spec, device) is None:
+                    yield spec, backend.default_config(spec, device)
+
+
+def _variants(spec: LLASpec, page_sizes: Sequence[int], packed: bool) -> Iterator[LLASpec]:
+    """The spec, and what else has its plan and kernels of its own."""
+    yield spec
+    if spec.phase == "decode":
+        yield from (_paged(spec, page_size) for page_size in page_sizes)
+    elif spec.phase == "forward" and packed:
+        yield replace(spec, num_sequences=1)
 
 
 def _paged(spec: LLASpec, page_size: int) -> LLASpec:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Iterator
@@ -17,7 +18,7 @@ from lla_compile.tuning_db.short import short
 
 _KEY_FIELDS = tuple(f.name for f in fields(TuningKey))
 _SHOWN = (
-    "key", "seqlen", "batch_heads", "plan", "median ms", "default ms", "error", "date", "provenance", "database"
+    "key", "seqlen", "batch_heads", "plan", "fastest", "median ms", "default ms", "error", "date", "provenance", "database"
 )  # fmt: skip
 
 
@@ -25,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the ``db`` commands; parsing sets ``run``, which takes the parsed options and returns a status."""
     commands = parser.add_subparsers(dest="db_command", required=True, metavar="{list,show,verify,merge}")
 
-    command = commands.add_parser("list", help="devices, files and how many plans each has")
+    command = commands.add_parser(
+        "list", help="devices, files, how many plans each has, and for how many problems each backend is the fastest"
+    )
     command.set_defaults(run=_user_errors(_list))
 
     command = commands.add_parser("show", help="the plans of one device")
@@ -68,13 +71,15 @@ def _user_errors(command):
 
 
 def _list(options: argparse.Namespace) -> int:
-    table = _table("device", "database", "measured", "predicted", "file", right=(2, 3))
+    table = _table("device", "database", "measured", "predicted", "fastest", "file", right=(2, 3))
     rows = 0
     for origin, directory in _databases():
         for path, document in store.load_all(directory).items():
             measured = sum(entry.measured for entry in document.entries)
             predicted = len(document.entries) - measured
-            table.add_row(document.device.id, origin, str(measured), str(predicted), str(path))
+            wins = Counter(entry.config.backend for entry in document.fastest())
+            fastest = ", ".join(f"{backend} {count}" for backend, count in wins.most_common())
+            table.add_row(document.device.id, origin, str(measured), str(predicted), fastest, str(path))
             rows += 1
     if rows:
         _print(table)
@@ -87,12 +92,15 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     wanted = _key_filters(options.key)
     device_id = _device_id(options.device)
-    table = _table(*_SHOWN, right=(1, 2, 4, 5, 6))
+    table = _table(*_SHOWN, right=(1, 2, 5, 6, 7))
     for origin, directory in _databases():
         document = store.load(store.device_file(directory, device_id))
-        for entry in document.entries if document else ():
+        if document is None:
+            continue
+        fastest = {entry.slot for entry in document.fastest()}
+        for entry in document.entries:
             if wanted.items() <= entry.key.as_dict().items():
-                table.add_row(*_cells(entry), origin)
+                table.add_row(*_cells(entry, entry.slot in fastest), origin)
     if table.row_count:
         _print(table)
     else:
@@ -151,7 +159,7 @@ def _key_filters(items: list[str]) -> dict:
     return wanted
 
 
-def _cells(entry: Entry) -> tuple[str, ...]:
+def _cells(entry: Entry, fastest: bool) -> tuple[str, ...]:
     def number(form: str, *names: str) -> str:
         value = next((entry.result[name] for name in names if name in entry.result), None)
         return "" if value is None else format(value, form)
@@ -161,6 +169,7 @@ def _cells(entry: Entry) -> tuple[str, ...]:
         str(entry.tuned.seqlen),
         str(entry.tuned.batch_heads),
         short(entry.config),
+        "yes" if fastest else "no",
         number(".4g", "median_ms", "predicted_ms"),
         number(".4g", "default_ms", "predicted_default_ms"),
         number(".1e", "error"),

@@ -5,7 +5,8 @@ from compiled import NEEDS_NVRTC
 from tuned import make_entry
 
 from lla_compile import backends, cli
-from lla_compile.backends.cuda import compiler, gram_kernels, nvrtc
+from lla_compile.backends.cuda import compiler, gram_kernels, nvrtc, sweep_kernels
+from lla_compile.build import plans_of
 from lla_compile.devices import resolve
 from lla_compile.key import TuningKey
 from lla_compile.plans import KernelConfig
@@ -91,6 +92,19 @@ def test_defaults_are_built_where_another_backend_won(tmp_path, capsys):
     assert "no plan of nvidia-h200 is of backend cuda; --defaults" in capsys.readouterr().err
     assert cli.main([*arguments, "--defaults", "--page-size", "16"]) == 0
     assert "of 2 plans" in capsys.readouterr().out
+
+
+def test_packed_sequences_have_kernels_of_their_own():
+    """The plan that batches have, and one launch more."""
+    key = TuningKey("lla", "forward", "bfloat16", 64, 64, "fast", True, 1)
+    spec = LLASpec.self_attention("bfloat16", 64, 1024, 8, precision="fast")
+    plan = backends.get("cuda").default_config(spec, H200)
+    record(H200, [make_entry(1024, 8, key, valid=((768, 1535), (8, 8)), **plan.as_dict())])
+    [(alone, _)] = plans_of(H200, False)
+    [batch, (packed, config)] = plans_of(H200, False, packed=True)
+    assert batch == (alone, plan) and config == plan and packed.num_sequences is not None
+    names = [[kernel.name for kernel in sweep_kernels.launches(x, plan, H200)] for x in (alone, packed)]
+    assert names == [["sweeps_wgmma"], ["tile_order", "sweeps_wgmma"]]
 
 
 def test_without_a_compiler_nothing_is_built(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ from problems import (
     assert_close,
     assert_gradients_close,
     make_grad_out,
+    make_packed_problem,
     make_plan,
     make_problem,
     run_forward,
@@ -15,9 +16,10 @@ from problems import (
 
 from lla_compile import backends
 from lla_compile.autograd import GRADIENTS
+from lla_compile.backends.cuda import runtime
 from lla_compile.backends.cuda.sweep_launcher import SweepLauncher
 from lla_compile.devices import resolve
-from lla_compile.lowering import SAVED
+from lla_compile.lowering import INFO, SAVED
 from lla_compile.precision import error_limit
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
@@ -44,7 +46,21 @@ SHAPES = [
     dict(head_dim=96, head_dim_v=128, seqlen_q=20),
     dict(dtype=torch.float16),
 ]
-NARROW = [dict(head_dim=16), dict(head_dim=1, head_dim_v=3), dict(head_dim=32, head_dim_v=64, window_size=20)]
+# Lengths of queries, and of keys where they differ, beside fields of the problem; tiles and masks that others compile.
+PACKED = [
+    ("h200", 128, "accurate", dict(lengths_q=[70, 0, 33, 1, 129])),
+    ("h200", 128, "accurate", dict(lengths_q=[150, 20], lengths_k=[30, 65], heads=2, kv_heads=1)),
+    ("h200", 192, "fast", dict(lengths_q=[140, 61], window_size=40)),
+    ("a100", 128, "accurate", dict(lengths_q=[5, 0, 90, 7], lengths_k=[40, 4, 0, 130])),
+    ("a100", 128, "accurate", dict(lengths_q=[0, 70, 0], lengths_k=[0, 99, 3], is_causal=False)),
+    ("a100", 128, "fast", dict(lengths_q=[33, 40], lengths_k=[90, 40], window_size=17)),
+]
+NARROW = [
+    dict(head_dim=1, head_dim_v=3),
+    dict(head_dim=8, head_dim_v=24),
+    dict(head_dim=16, head_dim_v=128, is_causal=False),
+    dict(head_dim=32, head_dim_v=64, window_size=20),
+]
 
 
 def problem(**fields):
@@ -79,6 +95,55 @@ def test_narrow_heads_take_the_same_instructions_everywhere(fields, precision):
     assert torch.equal(hopper[0], out)
 
 
+def packed_problem(**fields):
+    """As calls have it: all heads of a position lie side by side, and every row has its ridge."""
+    p = make_packed_problem(**dict(heads=1, head_dim=64, dtype=torch.bfloat16) | fields)
+    p.q, p.k, p.v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (p.q, p.k, p.v))
+    p.ridge = torch.rand(p.q.shape[:3], generator=torch.Generator().manual_seed(1)) + 1.5
+    return p
+
+
+@pytest.mark.parametrize("gpu, block_q, precision, fields", PACKED, ids=str)
+def test_packed_sequences(gpu, block_q, precision, fields):
+    """Every sequence is attended as it would be alone, bit for bit."""
+    p = packed_problem(**fields)
+    wanted, options = ("out", *INFO, *SAVED), ("cuda", precision, resolve(gpu))
+    together = run_forward(p, wanted, *options, **TILES[gpu, block_q])
+    assert_close(together["out"], p.reference(), limit(p, precision, 1.5))
+    assert together["out"].transpose(1, 2).is_contiguous()
+    for alone, rows, _ in p.sequences():
+        expected = run_forward(alone, wanted, *options, **TILES[gpu, block_q])
+        for name, value in expected.items():
+            found = together[name][:, :, :, rows] if name == "unit_probe" else together[name][:, :, rows]
+            assert torch.equal(found, value), name
+
+
+@pytest.mark.parametrize(
+    "lengths", [[300, 0, 129, 1, 1500, 700], [], [0], [128, 128], [3] * 200, [500, 20, 1000]], ids=len
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tiles_of_packed_sequences_run_in_the_order_of_their_work(monkeypatch, emulated, is_causal, lengths):  # noqa: F811
+    p = packed_problem(lengths_q=lengths, lengths_k=[max(n - 200, 7) for n in lengths], is_causal=is_causal)
+    tables, ends, launch = [], SweepLauncher._ends, runtime.launch
+    monkeypatch.setattr(SweepLauncher, "_ends", lambda *args: tables.append(ends(*args)) or tables[-1])
+    monkeypatch.setattr(runtime, "launch", lambda starts, *args: launch(starts[:1], *args))
+    run(p, gpu="a100")
+    [(_, _, table)] = tables
+    order = [tuple(tile) for tile in table.tolist()]
+    tiles = [(sequence, tile) for sequence, length in enumerate(lengths) for tile in range(-(-length // 128))]
+    assert sorted(order[: len(tiles)]) == tiles and set(order[len(tiles) :]) <= {(-1, 0)}
+    work = [work_of(p, 128, *tile) for tile in order[: len(tiles)]]
+    assert work == sorted(work, reverse=True)
+
+
+def work_of(p, block, sequence, tile):
+    """Keys that the last row of a tile sees; the first tiles of causal sequences go before all."""
+    queries, keys = (ends.diff()[sequence].item() for ends in (p.cu_seqlens_q, p.cu_seqlens_k))
+    if not p.is_causal:
+        return keys
+    return max(0, keys + min(0, (tile + 1) * block - queries)) if tile else float("inf")
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize(
     "gpu, block_q, block_k",
@@ -94,7 +159,7 @@ def test_tiles(emulated, gpu, block_q, block_k, backwards):  # noqa: F811
 @pytest.mark.parametrize("precision", ["fast", "accurate"])
 def test_saved_state_and_info_are_those_of_the_eager_backend(precision, gpu):
     p = problem(seqlen_q=90, head_dim_v=40, ridge=0.5)
-    wanted = ("out", "iterations", "final_residual", *SAVED)
+    wanted = ("out", *INFO, *SAVED)
     got = run_forward(p, wanted, "cuda", precision, resolve(gpu), **TILES[gpu, 128])
     expected = run_forward(p, wanted, precision=precision, block_q=64)
     terms = got["unit_probe"].shape[0]

@@ -29,9 +29,13 @@ class Case:
     dtype: str = "bfloat16"
     window_size: int | None = None
     head_dim_v: int | None = None
+    num_sequences: int | None = None
 
     def __str__(self) -> str:
-        parts = (self.gpu, self.head_dim, self.head_dim_v, self.precision, self.tile, self.dtype, self.window_size)
+        parts = (
+            self.gpu, self.head_dim, self.head_dim_v, self.precision, self.tile, self.dtype, self.window_size,
+            self.num_sequences,
+        )  # fmt: skip
         return "-".join(str(part) for part in parts if part)
 
     @property
@@ -43,7 +47,7 @@ class Case:
         spec = LLASpec.self_attention(
             self.dtype, self.head_dim, 4096, 32, precision=self.precision, window_size=self.window_size
         )
-        return replace(spec, head_dim_v=self.head_dim_v or self.head_dim)
+        return replace(spec, head_dim_v=self.head_dim_v or self.head_dim, num_sequences=self.num_sequences)
 
     @property
     def config(self) -> KernelConfig:
@@ -65,6 +69,7 @@ CASES = [
     Case("h200", 128),
     Case("h200", 128, tile=(128, 64, 4), dtype="float16", window_size=512),
     Case("h200", 128, tile=(64, 64, 3)),
+    Case("h200", 128, num_sequences=20),
     Case("h200", 128, "accurate"),
     Case("h200", 128, "accurate", tile=(128, 64, 4), head_dim_v=40),
     Case("h200", 64),
@@ -73,11 +78,12 @@ CASES = [
     Case("h200", 64, "accurate"),
     Case("h200", 16, "accurate"),
     Case("a100", 128),
-    Case("a100", 128, "accurate"),
+    Case("a100", 128, "accurate", num_sequences=20),
     Case("a100", 64, tile=(128, 64, 3), dtype="float16"),
     Case("a100", 64, "accurate"),
     Case("l4", 128),
     Case("l4", 64, "accurate"),
+    Case("l4", 32, head_dim_v=8),
     Case("b200", 128, "accurate"),
     Case("rtx5090", 128),
     Case("rtx5090", 128, "accurate"),
@@ -141,6 +147,18 @@ def test_tensor_cores(case, compiled):
             assert sum(loop.start <= address <= loop.stop for address in addresses) <= 3
 
 
+@NEEDS_NVRTC
+@NEEDS_CUOBJDUMP
+@pytest.mark.parametrize("case", [Case("h200", 128, num_sequences=20), Case("l4", 64, num_sequences=20)], ids=str)
+def test_packed_sequences_start_another_kernel_first(case):
+    order, sweeps = sweep_kernels.launches(case.spec, case.config, case.device)
+    tiles = 4096 // case.config.block_q + 20
+    assert order.grid[0] * order.threads >= tiles and sweeps.grid[0] == 32 * tiles
+    binary = compiler.compile_kernel(order.source, order.defines, case.device.compute_capability, order.printed)
+    cubin = Cubin(order.name, order.threads // 32, order.shared, binary)
+    assert cubin.stack == 0 and cubin.registers <= 64
+
+
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.id)
 @pytest.mark.parametrize("precision", ["fast", "accurate"])
 @pytest.mark.parametrize("head_dim", [1, 16, 32, 40, 64, 96, 128])
@@ -173,7 +191,6 @@ def test_infeasible_says_why(gpu, precision, knobs, part):
     (dict(dtype="float32"), "no float32 kernel"),
     (dict(head_dim=129), "at most 128"),
     (dict(head_dim_v=129), "at most 128"),
-    (dict(num_sequences=3, batch=1), "no packed sequences"),
 ])  # fmt: skip
 def test_unsupported_says_why(fields, part):
     assert part in BACKEND.unsupported(replace(Case("h200", 64).spec, **fields), resolve("h200"))

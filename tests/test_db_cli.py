@@ -1,5 +1,6 @@
 """``lla-compile db`` as a user runs it: output, exit status, one line an error."""
 
+import re
 import subprocess
 import sys
 import types
@@ -65,6 +66,31 @@ def test_show(capsys):
     for filters in (["dtype=float16"], ["head_dim=64", "causal=false"]):
         _, out, _ = run(capsys, "show", "nvidia-h200", "--key", *filters)
         assert "fused 128x64" in out and "fused 64x64" not in out
+
+
+def test_the_backend_that_is_the_fastest_for_a_problem_is_named(capsys):
+    cuda = dict(backend="cuda", num_warps=12, num_stages=3)
+    record(
+        H200,
+        [
+            make_entry(median_ms=1.5),
+            make_entry(median_ms=1.2, block_q=128, **cuda),
+            make_entry(seqlen=8192, median_ms=1.5),
+            make_entry(seqlen=8192, median_ms=1.9, block_q=128, **cuda),
+            make_entry(seqlen=1024, median_ms=1.5),
+        ],
+    )
+    (row,) = [line for line in run(capsys, "list")[1].splitlines() if "nvidia-h200" in line and "overlay" in line]
+    assert "triton 2, cuda 1" in row
+    shown = run(capsys, "show", "h200")[1]
+    rows = re.findall(r" (\d+) +32  (cuda|triton) fused .*? (yes|no) ", shown)
+    assert sorted(rows) == [
+        ("1024", "triton", "yes"),
+        ("4096", "cuda", "yes"),
+        ("4096", "triton", "no"),
+        ("8192", "cuda", "no"),
+        ("8192", "triton", "yes"),
+    ]
 
 
 def test_a_backward_plan_is_shown_with_its_second_tile_and_verified(capsys):

@@ -45,8 +45,7 @@ def test_defaults_keep_to_registers_and_use_the_tensor_cores(gpu, phase, head_di
     assert any(loop.matrix for loop in kernels[0].loops)
 
 
-@pytest.mark.parametrize("gpu", ["h200", "a100"])
-@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("gpu, phase", [("h200", "forward"), ("a100", "backward")])
 def test_float32_defaults_fit_in_shared_memory(gpu, phase):
     device, spec = resolve(gpu), make_spec(phase, 64, dtype="float32")
     kernels = BACKEND.binaries(spec, BACKEND.default_config(spec, device), device)

@@ -129,7 +129,7 @@ CASES += BACKWARD + [
     Case("h200", 64, precision="fast", phase="backward", options=(("batch", 1), ("num_sequences", 7))),
     Case("h200", 64, "split", "fast", phase="backward", options=(("is_causal", False),)),
     Case("a100", 64, precision="fast", dtype="float16", phase="backward"),
-    Case("b200", 64, "split", "fast", phase="backward"),
+    Case("b200", 64, precision="fast", phase="backward"),
 ]
 
 

@@ -61,6 +61,13 @@ class Document:
         slots[entry.slot] = choose(slots[entry.slot], entry) if entry.slot in slots else entry
         return replace(self, entries=tuple(sorted(slots.values(), key=Entry.order)))
 
+    def fastest(self) -> tuple[Entry, ...]:
+        """Of each problem's entries, one for each backend, the one that runs where its backend does."""
+        best: dict[tuple, Entry] = {}
+        for entry in sorted(self.entries, key=lambda entry: (not entry.measured, entry.time_ms)):
+            best.setdefault((entry.key, entry.tuned), entry)
+        return tuple(best.values())
+
     def to_dict(self) -> dict:
         """The file's content; inverse of :meth:`from_dict`."""
         toolchain = self._common_toolchain()

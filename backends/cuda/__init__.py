@@ -149,8 +149,9 @@ def _sweep_source_hash(op: str, phase: str) -> str:
     from lla_compile.backends.cuda.compiler import source_hash
     from lla_compile.backends.cuda.sweep_source import print_sweeps
 
+    sources = ("sweeps_mma.cu", "sweeps_wgmma.cu", "tile_order.cu")
     python_files = ("sweep_kernels.py", "sweep_launcher.py")
-    return source_hash(("sweeps_mma.cu", "sweeps_wgmma.cu"), python_files, print_sweeps(op, phase).headers)
+    return source_hash(sources, python_files, print_sweeps(op, phase).headers)
 
 
 @lru_cache(maxsize=None)

@@ -19,7 +19,8 @@ class Field:
 
 
 def argument_fields(program: SweepList, waiting: tuple[str, ...]) -> tuple[Field, ...]:
-    """The members: inputs, outputs, vectors that wait and are no outputs, then strides, numbers and counts."""
+    """The members: inputs, outputs, vectors that wait and are no outputs, then strides, numbers and counts, and where
+    packed sequences end and which tile runs when."""
 
     def pointer(name: str, of: str) -> Field:
         return Field(name, f"{of}* {name}", "Q")
@@ -37,7 +38,9 @@ def argument_fields(program: SweepList, waiting: tuple[str, ...]) -> tuple[Field
     numbers = ("scale", *program.row_scalars, *program.scalars)
     fields += [Field(name, f"float {name}", "f") for name in numbers]
     counts = ("batch_heads", "num_heads", "group_size", "heads_per_group", "seqlen_q", "seqlen_k", "window")
-    fields += [Field(name, f"int32_t {name}", "i") for name in counts]
+    fields += [Field(name, f"int32_t {name}", "i") for name in (*counts, "num_sequences")]
+    fields += [pointer(name, "const int32_t") for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    fields.append(pointer("row_tiles", "int32_t"))
     return tuple(fields)
 
 

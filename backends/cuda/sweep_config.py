@@ -29,8 +29,6 @@ def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
     widest = max(spec.head_dim, spec.head_dim_v)
     if widest > _MAX_WIDTH:
         return f"its forward kernels hold at most {_MAX_WIDTH} dimensions, got {widest}"
-    if spec.num_sequences is not None:
-        return "its forward kernels take no packed sequences"
     return None
 
 

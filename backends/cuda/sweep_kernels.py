@@ -23,6 +23,7 @@ _ADDRESS_REGISTERS = 8  # of two terms in shared memory
 _TILE_BYTES = 72  # of struct QueryTile
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 _ALIGNMENT = 8  # of the structure that shared memory is
+_ORDER_THREADS = 128  # the constant of tile_order.cu
 _ROWS_OF_TWO_BLOCKS = 64  # a multiprocessor is to hold two blocks of so many rows
 
 
@@ -134,8 +135,25 @@ def shared_memory(
     return -(-(stages + rows + flags + _TILE_BYTES) // _ALIGNMENT) * _ALIGNMENT
 
 
+def max_tiles(spec: LLASpec, config: KernelConfig) -> int:
+    """Query tiles of a head; of packed sequences the most that there can be."""
+    if spec.num_sequences is None:
+        return -(-spec.seqlen_q // config.block_q)
+    return spec.seqlen_q // config.block_q + spec.num_sequences
+
+
+def launches(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Kernel, ...]:
+    """What a call starts: the kernel of the sweeps, after the one that orders the tiles of packed sequences."""
+    sweeps = kernel(spec, config, device)
+    if spec.num_sequences is None:
+        return (sweeps,)
+    defines = {name: sweeps.defines[name] for name in ("BLOCK_Q", "CAUSAL")}
+    blocks = -(-max_tiles(spec, config) // _ORDER_THREADS)
+    return Kernel("tile_order", "tile_order.cu", (blocks, 1), _ORDER_THREADS, 0, defines, sweeps.printed), sweeps
+
+
 def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:
-    """The launch of a plan."""
+    """The kernel of a plan's sweeps."""
     of = path(spec, device)
     vectors, rows = parked(spec, config, device)
     defines = {
@@ -143,13 +161,12 @@ def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:
         "BLOCK_DV": padded_width(spec.head_dim_v), "BFLOAT16": int(spec.dtype == "bfloat16"),
         "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": 0,
         "GROUP_ROWS": of.group_rows or config.block_q, "CAUSAL": int(spec.is_causal),
-        "WINDOWED": int(spec.window_size is not None), "TERMS": split_terms(spec.dtype, spec.precision),
-        "WEIGHT_SHIFT": weight_shift(spec.dtype), "PARKED": vectors, "PARKED_ROWS": rows,
-        "BLOCKS": blocks_per_sm(spec, config, device),
+        "WINDOWED": int(spec.window_size is not None), "PACKED": int(spec.num_sequences is not None),
+        "TERMS": split_terms(spec.dtype, spec.precision), "WEIGHT_SHIFT": weight_shift(spec.dtype),
+        "PARKED": vectors, "PARKED_ROWS": rows, "BLOCKS": blocks_per_sm(spec, config, device),
     }  # fmt: skip
-    tiles = -(-spec.seqlen_q // config.block_q)
     return Kernel(
-        of.name, f"{of.name}.cu", (tiles * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
+        of.name, f"{of.name}.cu", (max_tiles(spec, config) * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
         shared_memory(spec, config, device, vectors, rows), {name: str(value) for name, value in defines.items()},
         print_sweeps(spec.op, spec.phase).headers,
     )  # fmt: skip

@@ -25,17 +25,18 @@ _L2_SHARE = 0.2
 
 def precompile_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
     """Compile what calls with aligned tensors need."""
-    kernel = sweep_kernels.kernel(spec, config, device)
-    compiler.compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, device.compute_capability, kernel.printed)
+    for kernel in sweep_kernels.launches(spec, config, device):
+        defines = kernel.defines | {"ALIGNED": "1"}
+        compiler.compile_kernel(kernel.source, defines, device.compute_capability, kernel.printed)
 
 
 def build_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:
     """Compile what any call needs into ``folder``; returns the files."""
-    kernel = sweep_kernels.kernel(spec, config, device)
     return [
         compiler.build_kernel(
             kernel.source, kernel.defines | {"ALIGNED": aligned}, device.compute_capability, folder, kernel.printed
         )
+        for kernel in sweep_kernels.launches(spec, config, device)
         for aligned in ("1", "0")
     ]
 
@@ -48,13 +49,14 @@ class SweepLauncher:
         spec, config = plan.spec, plan.config
         self._source = print_sweeps(spec.op, spec.phase)
         self._arguments = self._source.arguments
-        self._kernel = sweep_kernels.kernel(spec, config, plan.device)
-        self._in_memory = self._source.waiting[int(self._kernel.defines["PARKED"]) :]
+        self._kernels = sweep_kernels.launches(spec, config, plan.device)
+        self._in_memory = self._source.waiting[int(self._kernels[-1].defines["PARKED"]) :]
+        self._is_packed = spec.num_sequences is not None
         self._element_alignment = _ALIGNMENT // getattr(torch, spec.dtype).itemsize
         heads = spec.batch * spec.num_heads
         self._counts = (
             heads, spec.num_heads, spec.group_size, _heads_per_group(spec, plan.device), spec.seqlen_q, spec.seqlen_k,
-            spec.window_size or 0,
+            spec.window_size or 0, spec.num_sequences or 0,
         )  # fmt: skip
         self._scalars = tuple(float(getattr(plan, name)) for name in self._source.program.scalars)
         self._bound: dict[tuple, list[Callable]] = {}
@@ -64,7 +66,7 @@ class SweepLauncher:
         q, k, v = (inputs[name] for name in "qkv")
         ridge_tensor, ridge, ridge_strides, scale_tensor, scale = scalars_of(inputs)
         made = {
-            name: layout(program, name, q, k, v, spec.precision, packed=False).empty(q)
+            name: layout(program, name, q, k, v, spec.precision, self._is_packed).empty(q)
             for name in dict.fromkeys((*wanted, *self._in_memory))
         }
         streamed = [inputs[name] for name in (*program.row_inputs, *program.col_inputs)]
@@ -78,12 +80,13 @@ class SweepLauncher:
         pointers = [x.data_ptr() for x in streamed]
         others = (name for name in self._source.waiting if name not in program.outputs)
         pointers += [_pointer(made.get(name)) for name in (*program.outputs, *others)]
+        ends = self._ends(inputs)
         scalars = {"ridge": (ridge_tensor, ridge, ridge_strides)}
         row_scalars = [scalars[name] for name in program.row_scalars]
         packed = self._arguments.pack(
             *pointers, _pointer(scale_tensor), *(_pointer(tensor) for tensor, _, _ in row_scalars), *strides,
             *(stride for _, _, of in row_scalars for stride in of), q.shape[0] * q.shape[1] * q.shape[2], scale,
-            *(number for _, number, _ in row_scalars), *self._scalars, *self._counts,
+            *(number for _, number, _ in row_scalars), *self._scalars, *self._counts, *map(_pointer, ends),
         )  # fmt: skip
         launches = self._bound.get((aligned, q.device))
         if launches is None:
@@ -91,12 +94,19 @@ class SweepLauncher:
         runtime.launch(launches, packed, q.device)
         return {name: made[name] for name in wanted}
 
+    def _ends(self, inputs) -> tuple[torch.Tensor | None, ...]:
+        """Where packed sequences end, and the memory of the table that says which tile runs when."""
+        if not self._is_packed:
+            return None, None, None
+        ends_q, ends_k = inputs["cu_seqlens_q"], inputs["cu_seqlens_k"]
+        return ends_q, ends_k, ends_q.new_empty((sweep_kernels.max_tiles(self._plan.spec, self._plan.config), 2))
+
     def _bind(self, aligned: bool) -> list[Callable]:
-        """The kernel as the runtime launches it; a plan without queries has none."""
-        kernel, capability = self._kernel, self._plan.device.compute_capability
-        if not kernel.grid[0]:
+        """The kernels as the runtime launches them; a plan without queries has none."""
+        capability, alignment = self._plan.device.compute_capability, {"ALIGNED": str(int(aligned))}
+        if not all(kernel.grid[0] for kernel in self._kernels):
             return []
-        return [runtime.load(kernel, kernel.defines | {"ALIGNED": str(int(aligned))}, capability)]
+        return [runtime.load(kernel, kernel.defines | alignment, capability) for kernel in self._kernels]
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:
@@ -106,7 +116,7 @@ def _pointer(tensor: torch.Tensor | None) -> int:
 def _heads_per_group(spec: LLASpec, device: DeviceInfo) -> int:
     """Heads that run together, in groups of about equal size; those of a group of queries stream the same keys."""
     heads = spec.batch * spec.num_heads
-    bytes_per_head = spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * getattr(torch, spec.dtype).itemsize
+    bytes_per_head = spec.mean_seqlens[1] * (spec.head_dim + spec.head_dim_v) * getattr(torch, spec.dtype).itemsize
     together = max(2, int(device.l2_bytes * _L2_SHARE) // max(1, bytes_per_head))
     groups = max(1, -(-heads // (together * spec.group_size)))
     return max(1, -(-heads // groups))

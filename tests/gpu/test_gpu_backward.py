@@ -163,7 +163,7 @@ def test_cuda_graph_of_a_training_step():
         assert torch.equal(x, y)
 
 
-def test_cuda_graph_of_packed_sequences_follows_their_lengths():
+def test_cuda_graph_of_packed_sequences_follows_their_lengths(backend):
     p = gpu_packed((300, 100, 112))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (p.q, p.k, p.v))
     ends = p.cu_seqlens_q.clone()

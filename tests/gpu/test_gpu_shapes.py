@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from on_gpu import bound, forward, forward_info, gpu_problem, need_free_memory, poison_free_memory
+from on_gpu import bound, forward, forward_info, gpu_packed, gpu_problem, need_free_memory, poison_free_memory
 from problems import assert_close, relative_error
 
 from lla_compile.reference import lla_reference
@@ -26,7 +26,15 @@ SHAPES = [
     dict(seqlen_q=130, seqlen_k=500, window_size=64),
     dict(seqlen_q=500, seqlen_k=130, window_size=1000),
 ]
-WIDTHS = [(1, 1), (16, 16), (40, 40), (96, 96), (192, 192), (256, 256), (64, 40), (40, 128)]
+PACKED = [
+    dict(lengths_q=(300, 17, 0, 129, 1, 512), heads=4, kv_heads=2),
+    dict(lengths_q=(100, 0, 5, 200), lengths_k=(333, 4, 0, 90)),
+    dict(lengths_q=(0, 70, 0), lengths_k=(0, 99, 0), is_causal=False),
+    dict(lengths_q=(500, 130), window_size=64),
+    dict(lengths_q=(3,) * 40, head_dim=40, head_dim_v=24),
+    dict(lengths_q=(1000, 2000, 77), head_dim=128),
+]
+WIDTHS = [(1, 1), (8, 24), (16, 16), (32, 5), (40, 40), (96, 96), (192, 192), (256, 256), (64, 40), (40, 128)]
 
 
 @SCHEDULES
@@ -34,6 +42,14 @@ WIDTHS = [(1, 1), (16, 16), (40, 40), (96, 96), (192, 192), (256, 256), (64, 40)
 def test_lengths_and_masks(backend, fields, schedule):
     p = gpu_problem(**fields)
     assert_close(forward(backend, p, schedule=schedule), p.reference(), LIMIT)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("precision, limit", [("fast", 8e-3), ("accurate", LIMIT)])
+@pytest.mark.parametrize("fields", PACKED, ids=str)
+def test_packed_sequences(backend, fields, precision, limit, schedule):
+    p = gpu_packed(**fields, ridge=4.0)
+    assert_close(forward(backend, p, precision, schedule=schedule), p.reference(), limit)
 
 
 @pytest.mark.parametrize("head_dim, head_dim_v", WIDTHS)

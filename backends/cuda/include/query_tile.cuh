@@ -21,7 +21,7 @@ struct QueryTile {
     int shift, window;
 
     DEVICE QueryTile(const SweepArguments& g, int program) {
-        int tiles = (g.seqlen_q + BLOCK_Q - 1) / BLOCK_Q;
+        int tiles = PACKED ? g.seqlen_q / BLOCK_Q + g.num_sequences : (g.seqlen_q + BLOCK_Q - 1) / BLOCK_Q;
         // Heads run in groups whose keys and values fit in the L2 cache together; within a group all heads have a tile
         // of one rank before any has the next.
         int group = program / (tiles * g.heads_per_group), first_head = group * g.heads_per_group;
@@ -34,6 +34,15 @@ struct QueryTile {
         int tile = CAUSAL && rank ? tiles - rank : rank;
         q_start = k_start = 0;
         queries = g.seqlen_q, keys = g.seqlen_k;
+        if (PACKED) {
+            // See tile_order.cu; a rank beyond the last tile gets no queries and no keys.
+            int sequence = g.row_tiles[2 * rank];
+            tile = g.row_tiles[2 * rank + 1];
+            bool exists = sequence >= 0;
+            q_start = exists ? g.cu_seqlens_q[sequence] : 0, k_start = exists ? g.cu_seqlens_k[sequence] : 0;
+            queries = exists ? g.cu_seqlens_q[sequence + 1] - int(q_start) : 0;
+            keys = exists ? g.cu_seqlens_k[sequence + 1] - int(k_start) : 0;
+        }
         memory_row = int64_t(index) * g.seqlen_q + q_start;
         first_row = tile * BLOCK_Q;
         shift = keys - queries, window = g.window;

@@ -191,7 +191,14 @@ struct Rounded {
 
     // Numbers i and i + 1 of tile n, i even, of the first term.
     DEVICE uint32_t pair(int n, int i) const {
-        if constexpr (IN_REGISTERS) return registers[n / 2][n % 2 * 2 + i / 2];
+        if constexpr (IN_REGISTERS) {
+            uint32_t two = registers[n / 2][n % 2 * 2 + i / 2];
+#if __CUDA_ARCH__ >= 1000
+            // Unpacked anew at every use: compilers for 10.0 on would keep all numbers beside the terms, and spill them.
+            asm volatile("" : "+r"(two));
+#endif
+            return two;
+        }
         return *high.pair(n, i);
     }
 
