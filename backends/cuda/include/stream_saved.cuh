@@ -147,7 +147,9 @@ struct Stage {
     DEVICE uint32_t address() const;
     template <int FIRST, int COUNT>
     DEVICE RowNumbers<FIRST, COUNT> numbers(int n) const;
+    DEVICE void hide(Pairs& s) const;
     DEVICE void weigh(Pairs& s) const;
+    DEVICE void exponentiate(Pairs& s) const;
 };
 
 // 64 query rows or keys of a block.
@@ -272,26 +274,38 @@ DEVICE RowNumbers<FIRST, COUNT> Stage::numbers(int n) const {
     return made;
 }
 
-// Scores become weights p = exp2(scale_log2 s - lse), hidden pairs' are 0.
-DEVICE void Stage::weigh(Pairs& s) const {
+// Scores of pairs that do not see each other become what has no weight.
+DEVICE void Stage::hide(Pairs& s) const {
     const HeldBlock& block = group.block;
-    if (cut) {
-        float hidden = group.scale_log2 > 0 ? -INFINITE : INFINITE;
-        int first = (block.first_tile + at) * BLOCK_K + HeldRows::column(0);
+    float hidden = group.scale_log2 > 0 ? -INFINITE : INFINITE;
+    int first = (block.first_tile + at) * BLOCK_K + HeldRows::column(0);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            int held = group.rows.number(r);
-            int stop = block.seen_stop(held) - first, start = block.first_seen(held) - first;
+    for (int r = 0; r < 2; ++r) {
+        int held = group.rows.number(r);
+        int stop = block.seen_stop(held) - first, start = block.first_seen(held) - first;
 #pragma unroll
-            for (int n = 0; n < BLOCK_K / 8; ++n) {
+        for (int n = 0; n < BLOCK_K / 8; ++n) {
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    int streamed = 8 * n + i;
-                    if (streamed >= stop || HeldBlock::HAS_START && streamed < start) s[n][2 * r + i] = hidden;
-                }
+            for (int i = 0; i < 2; ++i) {
+                int streamed = 8 * n + i;
+                if (streamed >= stop || HeldBlock::HAS_START && streamed < start) s[n][2 * r + i] = hidden;
             }
         }
     }
+}
+
+// Scores become weights p = exp2(scale_log2 s - lse). Once for each case, so that it is done where it stands: behind the
+// branch it would wait with the other products.
+DEVICE void Stage::weigh(Pairs& s) const {
+    if (cut) {
+        hide(s);
+        exponentiate(s);
+    } else {
+        exponentiate(s);
+    }
+}
+
+DEVICE void Stage::exponentiate(Pairs& s) const {
 #pragma unroll
     for (int n = 0; n < BLOCK_K / 8; ++n) {
         auto lse = numbers<0, 1>(n);
