@@ -16,6 +16,7 @@ from lla_compile.reference import parallax_reference
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 WINDOWED = dict(head_dim=40, head_dim_v=72, window_size=70, dtype=torch.float16)
 NOT_CAUSAL = dict(head_dim=100, head_dim_v=24, is_causal=False)
+WANTED = (*GRADIENTS, "dscale")
 SHAPES = [
     dict(seqlen_q=150, heads=1),
     dict(seqlen_q=33, seqlen_k=150),
@@ -43,7 +44,8 @@ def block(held: int, streamed: int, stages: int) -> dict[str, int]:
 
 
 def assert_close(got, p: ParallaxProblem, expected=None):
-    expected = expected or p.reference_gradients()
+    """Of the gradient of the scale, what each row adds."""
+    expected = expected or p.reference_gradients() | {"dscale": p.reference_row_dscale()}
     expected = {name: expected[name] for name in got}
     assert_gradients_close(got, expected, error_limit(dtype_name(p.grad_out), "accurate", None, "backward"))
 
@@ -51,14 +53,14 @@ def assert_close(got, p: ParallaxProblem, expected=None):
 @pytest.mark.parametrize("fields", SHAPES, ids=str)
 def test_shapes(fields):
     p = problem(**fields)
-    assert_close(bound(p)(*GRADIENTS), p)
+    assert_close(bound(p)(*WANTED), p)
 
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_groups_that_take_turns(emulated, backwards):  # noqa: F811
     emulated["backwards"] = backwards
     p = problem(seqlen_q=230, heads=1)
-    assert_close(bound(p, **block(192, 32, 3))(*GRADIENTS), p)
+    assert_close(bound(p, **block(192, 32, 3))(*WANTED), p)
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -79,32 +81,29 @@ def test_softmax_attention_with_one_group(emulated, scale, backwards):  # noqa: 
 def test_each_gradient_is_computed_by_itself():
     p = problem(seqlen_q=70, heads=1)
     run = bound(p)
-    together = run(*GRADIENTS)
-    for wanted in (("dv",), ("dr", "dscale")):
-        alone = run(*wanted)
-        assert tuple(alone) == wanted
-        assert all(torch.equal(alone[name], together[name]) for name in wanted if name in together)
-    assert_close({"dscale": alone["dscale"]}, p, {"dscale": p.reference_row_dscale()})
+    together = run(*WANTED)
+    alone = run("dv")
+    assert tuple(alone) == ("dv",) and torch.equal(alone["dv"], together["dv"])
 
 
 def test_rows_without_keys_and_keys_without_rows():
     p = problem(seqlen_q=150, seqlen_k=20, heads=1)
-    got = bound(p)(*GRADIENTS)
+    got = bound(p)(*WANTED)
     assert (got["dq"][:, :, :130] == 0).all() and (got["dr"][:, :, :130] == 0).all()
     assert (got["dq"][:, :, 131:] != 0).any(-1).all()
     q, r, k, v = p.tensors
-    got = bound(replace(p, tensors=(q[:, :, :0], r[:, :, :0], k, v), grad_out=p.grad_out[:, :, :0]))(*GRADIENTS)
+    got = bound(replace(p, tensors=(q[:, :, :0], r[:, :, :0], k, v), grad_out=p.grad_out[:, :, :0]))(*WANTED)
     assert (got["dk"] == 0).all() and (got["dv"] == 0).all()
 
 
 def test_any_strides():
     p = problem(seqlen_q=70, heads=2, batch=2)
-    expected = bound(p)(*GRADIENTS)
+    expected = bound(p)(*WANTED)
     q, r, k, v = p.tensors
     k = k.transpose(1, 2).contiguous().transpose(1, 2)
     v = v.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3)
-    got = bound(replace(p, tensors=(q, r, k, v)))(*GRADIENTS)
-    assert all(torch.equal(got[name], expected[name]) for name in GRADIENTS)
+    got = bound(replace(p, tensors=(q, r, k, v)))(*WANTED)
+    assert all(torch.equal(got[name], expected[name]) for name in WANTED)
 
 
 @pytest.mark.parametrize("fields", [dict(), NOT_CAUSAL], ids=str)
@@ -112,7 +111,7 @@ def test_python_and_cuda_agree_on_sizes(fields):
     """Of the arguments and of shared memory, which the launcher and the resource model count by themselves."""
     p = problem(seqlen_q=3, heads=1, **fields)
     run = bound(p)
-    run(*GRADIENTS)
+    run(*WANTED)
     [kernels] = run.executable._bound.values()
     assert len(kernels) == 3
     for kernel in kernels:
