@@ -1,4 +1,5 @@
 // One sweep of a backward pass that solves nothing: a block's query rows or keys, and all of the other side that they see.
+#include <stage_copier.cuh>
 #include <stream_saved.cuh>
 #include <sweep.cuh>
 

@@ -1,5 +1,6 @@
 // Numbers of query rows from their vectors: a few threads next to each other share a row, and each has eight columns.
 #pragma once
+#include <row_table.cuh>
 #include <sweep_arguments.cuh>
 #include <tile.cuh>
 #include <vector.cuh>
@@ -84,11 +85,10 @@ struct RowReader {
         return sum;
     }
 
-    // Of two rows next to each other the table has both first numbers, both second ones, and so on.
     template <int COUNT>
     DEVICE void store(const float (&numbers)[COUNT]) const {
         if (column || table_row >= int64_t(g.batch_heads) * g.table_rows) return;
 #pragma unroll
-        for (int k = 0; k < COUNT; ++k) g.table[(table_row / 2 * COUNT + k) * 2 + table_row % 2] = numbers[k];
+        for (int k = 0; k < COUNT; ++k) g.table[number_at<COUNT>(table_row, k)] = numbers[k];
     }
 };

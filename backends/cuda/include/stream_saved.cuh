@@ -6,105 +6,12 @@
 // those of another group run meanwhile. Groups start the scores of a tile one after another, or they would wait for the
 // tensor cores together and leave them idle together.
 #pragma once
-#include <held_block.cuh>
 #include <products_sm90.cuh>
 #include <ptx_turns.cuh>
-#include <operands.cuh>
-
-constexpr int GROUP = 2 * GROUP_ROWS;  // threads
-constexpr int ROW_GROUPS = HELD_ROWS / GROUP_ROWS;
-constexpr int THREADS = GROUP * (ROW_GROUPS + 1);
-constexpr int STEPS = BLOCK_K / 16;
-// Of a multiprocessor's 65536 registers, in eights for each thread.
-constexpr int COPY_REGISTERS = ROW_GROUPS == 3 ? 32 : 24;
-constexpr int ROW_REGISTERS = ROW_GROUPS == 3 ? 160 : BLOCKS == 2 ? 232 : 240;
-constexpr int NUMBERS_OF_TILE = HOLDS_KEYS ? BLOCK_K * NUMBERS : 4;
+#include <stage_ring.cuh>
 
 // Of pairs, spread over threads as a sum of products.
 using Pairs = float[BLOCK_K / 8][4];
-
-struct Shared {
-    uint8_t stages[STAGES][STAGE_BYTES];
-    uint8_t held[ROW_GROUPS][HELD_BYTES];
-    // Of two rows next to each other lie both first numbers, both second ones, and so on.
-    alignas(16) float numbers[STAGES][NUMBERS_OF_TILE];
-    uint64_t full[STAGES], empty[STAGES];
-    HeldBlock block;
-};
-
-// Where a table of numbers has those of a row.
-DEVICE int64_t number_at(int64_t row, int number) { return (row / 2 * NUMBERS + number) * 2 + row % 2; }
-
-// ---- the warps that copy ----
-
-struct Copier {
-    const SweepArguments& g;
-    Shared& shared;
-    Turn turn = {};
-    bool whole = false;  // whether all rows of the tile are there
-
-    DEVICE const HeldBlock& block() const { return shared.block; }
-    DEVICE int heads() const { return HOLDS_KEYS ? g.group_size : 1; }
-
-    // What a thread copies of the head's first tile.
-    template <class T>
-    DEVICE const uint16_t* first_of(const uint16_t* base, const int64_t (&strides)[3], int head) const {
-        TileCopy<typename T::Tile, GROUP> copy(threadIdx.x % GROUP);
-        Cache cache = block().streamed_cache(base, strides, head);
-        return cache.base + (block().first_tile * BLOCK_K + copy.key) * cache.row_stride + copy.chunk * CHUNK;
-    }
-    // The table has rows beyond the last query, so that every tile has all its numbers.
-    DEVICE const float* first_numbers(int head) const {
-        int64_t row = (block().batch * g.num_heads + block().streamed_head + head) * g.table_rows;
-        return g.table + (row + block().first_tile * BLOCK_K) * NUMBERS + 4 * (threadIdx.x % GROUP);
-    }
-
-    DEVICE void begin(int at) {
-        whole = (block().first_tile + at + 1) * BLOCK_K <= block().streamed;
-        wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
-    }
-
-    // `from` moves on by a tile.
-    template <class T>
-    DEVICE void copy(const uint16_t*& from, const uint16_t* base, const int64_t (&strides)[3], int head, int at) {
-        using Tile = typename T::Tile;
-        TileCopy<Tile, GROUP> copy(threadIdx.x % GROUP);
-        uint32_t to = shared_address(shared.stages[turn.stage]) + T::OFFSET;
-        if (ALIGNED && Tile::WIDTH == Tile::BLOCK_WIDTH && whole) {
-            copy.start_whole(to, from, copy.ROWS * strides[2]);
-        } else {
-            constexpr int NO_PAGES[copy.COUNT] = {};
-            Slots slots = {(block().first_tile + at) * BLOCK_K, 0, block().streamed, nullptr};
-            copy.start(to, block().streamed_cache(base, strides, head), slots, NO_PAGES);
-        }
-        from += BLOCK_K * strides[2];
-    }
-
-    DEVICE void copy_numbers(const float*& from) {
-        int chunk = threadIdx.x % GROUP;
-        if (chunk < NUMBERS_OF_TILE / 4) {
-            uint32_t to = shared_address(shared.numbers[turn.stage]) + 16 * chunk;
-            if (ALIGNED) {
-                copy_16_async(to, from);
-            } else {
-                const uint32_t* bits = reinterpret_cast<const uint32_t*>(from);
-                store_shared_16(to, bits[0], bits[1], bits[2], bits[3]);
-            }
-        }
-        from += NUMBERS_OF_TILE;
-    }
-
-    DEVICE void end() {
-        if (ALIGNED) {
-            arrive_when_copied(&shared.full[turn.stage]);
-        } else {
-            arrive(&shared.full[turn.stage]);
-        }
-        turn.next();
-    }
-};
-
-// ---- the warps that hold rows or keys ----
 
 // Numbers of the row of a pair, for two columns next to each other or for two held rows.
 template <int FIRST, int COUNT>
@@ -173,7 +80,7 @@ struct Group {
                 int64_t row = (block.batch * g.num_heads + block.head) * g.table_rows + rows.number(r);
 #pragma unroll
                 for (int k = 0; k < NUMBERS; ++k) {
-                    row_numbers[k][r] = rows.exists(r) ? g.table[number_at(row, k)] : k ? 0 : INFINITE;
+                    row_numbers[k][r] = rows.exists(r) ? g.table[number_at<NUMBERS>(row, k)] : k ? 0 : INFINITE;
                 }
             }
         }
@@ -262,7 +169,7 @@ DEVICE RowNumbers<FIRST, COUNT> Stage::numbers(int n) const {
     RowNumbers<FIRST, COUNT> made;
     if constexpr (HOLDS_KEYS) {
         const float* tile = group.shared.numbers[number];
-        const float* from = tile + number_at(8 * n + 2 * (HeldRows::lane() % 4), FIRST);
+        const float* from = tile + number_at<NUMBERS>(8 * n + 2 * (HeldRows::lane() % 4), FIRST);
         made = *reinterpret_cast<const RowNumbers<FIRST, COUNT>*>(from);
     } else {
 #pragma unroll
