@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parallax_problems import SHAPES, gradients, make_parallax_problem
+from parallax_problems import SHAPES, gradients, grown, make_parallax_problem
 from problems import assert_close, assert_gradients_close
 
 from lla_compile import LLASpec, backends, dispatch, parallax_attention, parallax_attention_varlen
@@ -55,13 +55,11 @@ def test_an_offset_of_the_keys_costs_no_digits():
 @pytest.mark.parametrize("growth", [0.0, 3.0, 30.0])
 def test_maxima_that_grow_along_the_keys(growth, dtype, limit):
     """Tiles that rescale follow tiles that do not, and the other way round, in some rows of a block alone."""
-    p = make_parallax_problem(90, dtype=dtype, offset=2.0)
-    q, r, k, v = p.tensors
-    k = k * (1 + growth * torch.linspace(0, 1, 90)[:, None]).to(dtype)
-    inputs = {"q": q, "r": r, "k": k, "v": v, "scale": 0.25}
+    p = grown(make_parallax_problem(90, dtype=dtype, offset=2.0), growth)
+    q, r, k, _ = p.tensors
     run = _bound("parallax", "forward", p, KernelConfig("triton", "fused", 32, 16, None, 1, 1))
-    out, probe_mean = run(inputs, ("out", "probe_mean")).values()
-    assert_close(out, parallax_reference(q, r, k, v), limit)
+    out, probe_mean = run(p.inputs(), ("out", "probe_mean")).values()
+    assert_close(out, p.reference(), limit)
     masked = (0.25 * q.double() @ k.double().mT).masked_fill(torch.ones(90, 90).triu(1) > 0, float("-inf"))
     expected = (masked.softmax(-1) * (r.double() @ k.double().mT)).sum(-1)
     assert_close(probe_mean.view_as(expected), expected, 2e-6)

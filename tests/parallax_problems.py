@@ -1,17 +1,18 @@
 """Inputs and float64 references for tests of Parallax and softmax attention."""
 
 from dataclasses import dataclass, replace
-from typing import Mapping
+from typing import Mapping, Sequence
 
 import torch
 
-from lla_compile import LLASpec, backends
+from lla_compile import backends
 from lla_compile.arguments import dtype_name
 from lla_compile.backends import Executable
-from lla_compile.devices import DeviceInfo, resolve
+from lla_compile.devices import resolve
 from lla_compile.lowering import lower
-from lla_compile.plans import Plan, Source
+from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.reference import parallax_reference, parallax_reference_backward
+from lla_compile.spec import LLASpec
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
 SHAPES = [
@@ -43,10 +44,20 @@ class ParallaxProblem:
         q = self.tensors[0].double()
         return (q * self.reference_gradients()["dq"]).sum(-1) * q.shape[3] ** 0.5
 
-    def spec(self, op: str, phase: str) -> LLASpec:
-        q, _, k, v = self.tensors
-        heads = q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2]
-        return LLASpec(dtype_name(q), q.shape[3], v.shape[3], *heads, op=op, phase=phase, **self.options)
+    def spec(self, op: str = "parallax", phase: str = "forward") -> LLASpec:
+        q, _, _, v = self.tensors
+        (batch, heads, seqlen_q, head_dim), (_, kv_heads, seqlen_k, head_dim_v) = q.shape, v.shape
+        return LLASpec(
+            dtype_name(q), head_dim, head_dim_v, batch, heads, kv_heads, seqlen_q, seqlen_k, op=op, phase=phase,
+            **self.options,
+        )  # fmt: skip
+
+    def inputs(self, op: str = "parallax", scale=None) -> dict:
+        """What an executable takes."""
+        named = dict(zip("qrkv", self.tensors))
+        if op == "softmax":
+            del named["r"]
+        return named | {"scale": named["q"].shape[3] ** -0.5 if scale is None else scale}
 
     def leaves(self) -> list[torch.Tensor]:
         return [x.detach().clone().requires_grad_() for x in self.tensors]
@@ -78,6 +89,28 @@ def gradients(problem: ParallaxProblem, attend) -> dict[str, torch.Tensor]:
     return dict(zip(GRADIENTS, torch.autograd.grad(out, leaves, problem.grad_out)))
 
 
+def grown(problem: ParallaxProblem, growth: float) -> ParallaxProblem:
+    """The same with keys that grow to ``1 + growth`` times their size along the sequence."""
+    q, r, k, v = problem.tensors
+    factors = 1 + growth * torch.linspace(0, 1, k.shape[2], device=k.device)[:, None]
+    return replace(problem, tensors=(q, r, k * factors.to(k.dtype), v))
+
+
+def bound(problem: ParallaxProblem, backend: str, device, op: str = "parallax", phase: str = "forward", **knobs):
+    """The executable of a problem's plan; ``knobs`` override fields of the backend's default KernelConfig."""
+    spec = problem.spec(op, phase)
+    config = backends.get(backend).default_config(spec, device).as_dict() | knobs
+    plan = Plan(spec, device, KernelConfig.from_dict(config), Source.REQUESTED, 0.0, "a test")
+    return backends.get(backend).bind(plan)
+
+
+def run_forward(
+    problem: ParallaxProblem, wanted: Sequence[str], backend: str, device, op: str = "parallax", scale=None, **knobs
+) -> dict[str, torch.Tensor]:
+    """Outputs of the forward pass by name."""
+    return bound(problem, backend, device, op, **knobs)(problem.inputs(op, scale), tuple(wanted))
+
+
 @dataclass(frozen=True)
 class BoundBackward:
     """A backward pass with its inputs: a function of the wanted outputs."""
@@ -90,26 +123,10 @@ class BoundBackward:
 
 
 def bound_backward(
-    problem: ParallaxProblem,
-    backend: str,
-    device: DeviceInfo,
-    forward: str = "eager",
-    op="parallax",
-    scale=None,
-    **knobs,
+    problem: ParallaxProblem, backend: str, device, forward: str = "eager", op: str = "parallax", scale=None, **knobs
 ) -> BoundBackward:
     """The backward pass of one backend after the forward pass of another, with ``knobs`` of the backward pass."""
-    q, r, k, v = problem.tensors
-    inputs = {"q": q, "k": k, "v": v, "scale": q.shape[3] ** -0.5 if scale is None else scale}
-    inputs |= {"r": r} if op == "parallax" else {}
-
-    def bind(name: str, phase: str, on: DeviceInfo, **knobs) -> Executable:
-        spec, of = problem.spec(op, phase), backends.get(name)
-        config = replace(of.default_config(spec, on), **knobs)
-        assert (why := of.infeasible(spec, config, on)) is None, why
-        return of.bind(Plan(spec, on, config, Source.REQUESTED, 0.0, "a test"))
-
     saved = ("out", *lower(op, "backward").given)
-    given = bind(forward, "forward", resolve("cpu") if forward == "eager" else device)(inputs, saved)
-    inputs |= {name: given[name] for name in saved} | {"grad_out": problem.grad_out}
-    return BoundBackward(bind(backend, "backward", device, **knobs), inputs)
+    given = run_forward(problem, saved, forward, resolve("cpu") if forward == "eager" else device, op, scale)
+    inputs = problem.inputs(op, scale) | {name: given[name] for name in saved} | {"grad_out": problem.grad_out}
+    return BoundBackward(bound(problem, backend, device, op, "backward", **knobs), inputs)

@@ -78,6 +78,6 @@ def test_parts_and_one_part_are_other_kernels():
     assert len(hashes) == 2
 
 
-@pytest.mark.parametrize("phase", ["forward", "decode"])
-def test_kernels_of_operators_that_solve_are_not_offered(phase):
-    assert "parallax" in backends.get("cuda").unsupported_spec(make_spec(phase, 64), resolve("h200"))
+@pytest.mark.parametrize("op", ["parallax", "softmax"])
+def test_decoding_with_covariances_is_not_offered(op):
+    assert op in backends.get("cuda").unsupported_spec(make_spec("decode", 64, op), resolve("h200"))

@@ -47,6 +47,11 @@ def argument_fields(program: SweepList, waiting: tuple[str, ...]) -> tuple[Field
 def arguments_text(program: SweepList, fields: tuple[Field, ...], loops: int) -> str:
     """The header that declares them."""
     lines = [f"// Printed: the arguments of the sweeps of {program.name}.", "#pragma once", "#include <ptx.cuh>", ""]
-    lines += [f"constexpr int LOOPS = {loops};", "", "struct SweepArguments {"]
+    lines += [f"constexpr int LOOPS = {loops}, ROW_INPUTS = {len(program.row_inputs)};", "", "struct SweepArguments {"]
     lines += [f"    {field.declaration};" for field in fields]
-    return "\n".join([*lines, "};", ""])
+    lines += ["};", "", "// The inputs that a block holds rows of.", "struct RowInput {"]
+    lines += ["    const uint16_t* base;", "    const int64_t (&strides)[3];", "};", ""]
+    lines += ["DEVICE RowInput row_input(const SweepArguments& g, int i) {"]
+    first, *others = program.row_inputs
+    lines += [f"    if (i == {i}) return {{g.{name}, g.{name}_strides}};" for i, name in enumerate(others, 1)]
+    return "\n".join([*lines, f"    return {{g.{first}, g.{first}_strides}};", "}", ""])

@@ -22,8 +22,6 @@ def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
     """Why no configuration can run the spec on the device, or None."""
     if spec.phase not in _PHASES:
         return f"it has kernels for decoding and the forward pass, not for phase {spec.phase}"
-    if not spec.solves:
-        return f"its forward kernels are of operators that solve, not of {spec.op}"
     if spec.dtype not in _DTYPES:
         return f"it has no {spec.dtype} kernel for the forward pass"
     widest = max(spec.head_dim, spec.head_dim_v)
@@ -36,7 +34,7 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
     """Of the preferred tiles the one with the most rows on a multiprocessor, then the first; with as many stages as
     leave room for the rows' state."""
     path = sweep_kernels.path(spec, device)
-    configs = [_config(path, *tile, stages) for tile in path.preference for stages in path.stages]
+    configs = [_config(spec, path, *tile, stages) for tile in path.preference for stages in path.stages]
     feasible = [config for config in configs if infeasible(spec, config, device) is None]
 
     def merit(config: KernelConfig) -> tuple[int, ...]:
@@ -44,11 +42,12 @@ def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         rows = config.block_q * sweep_kernels.blocks_per_sm(spec, config, device)
         return rows, -path.preference.index((config.block_q, config.block_k)), vectors, config.num_stages
 
-    return max(feasible, key=merit) if feasible else _config(path, *path.preference[-1], path.stages[0])
+    return max(feasible, key=merit) if feasible else _config(spec, path, *path.preference[-1], path.stages[0])
 
 
-def _config(path: sweep_kernels.Path, block_q: int, block_k: int, num_stages: int) -> KernelConfig:
-    config = KernelConfig("cuda", "fused", block_q, block_k, CG_MAX_ITERS, None, num_stages)
+def _config(spec: LLASpec, path: sweep_kernels.Path, block_q: int, block_k: int, num_stages: int) -> KernelConfig:
+    cg_max_iters = CG_MAX_ITERS if spec.solves else None
+    config = KernelConfig("cuda", "fused", block_q, block_k, cg_max_iters, None, num_stages)
     return sweep_kernels.with_warps(config, path)
 
 
@@ -57,7 +56,7 @@ def alternatives(spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
     path, default = sweep_kernels.path(spec, device), default_config(spec, device)
     others = []
     for block_q, block_k in itertools.product(path.block_q, path.block_k):
-        configs = (_config(path, block_q, block_k, stages) for stages in reversed(path.stages))
+        configs = (_config(spec, path, block_q, block_k, stages) for stages in reversed(path.stages))
         fitting = next((config for config in configs if infeasible(spec, config, device) is None), None)
         if fitting and (block_q, block_k) != (default.block_q, default.block_k):
             others.append(fitting)
@@ -67,14 +66,14 @@ def alternatives(spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
 def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     """Values worth trying; warps follow from the rows of a block."""
     path = sweep_kernels.path(spec, device)
-    warps = (_config(path, block_q, path.block_k[0], path.stages[0]).num_warps for block_q in path.block_q)
+    warps = (_config(spec, path, block_q, path.block_k[0], path.stages[0]).num_warps for block_q in path.block_q)
     return {
         "schedule": ("fused",),
         "block_q": path.block_q,
         "block_k": path.block_k,
         "num_warps": tuple(warps),
         "num_stages": path.stages,
-        "cg_max_iters": (24, 32, 48),
+        "cg_max_iters": (24, 32, 48) if spec.solves else (None,),
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lla_compile.backends.cuda.gram_kernels import Kernel
 from lla_compile.backends.cuda.sweep_source import print_sweeps
 from lla_compile.backends.tiles import padded_width
-from lla_compile.precision import split_terms, weight_shift
+from lla_compile.precision import weight_shift
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _WARP_ROWS = 16
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
 _OTHER_REGISTERS = 32  # numbers of rows, addresses
+_AHEAD_REGISTERS = 4  # of a second product that is under way meanwhile
 _WINDOW_REGISTERS = 8  # where rows' first keys are
 _ADDRESS_REGISTERS = 8  # of two terms in shared memory
 _TILE_BYTES = 72  # of struct QueryTile
@@ -84,17 +85,38 @@ def with_warps(config: KernelConfig, of: Path) -> KernelConfig:
 def registers(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
     """What a thread that holds rows takes.
 
-    In the fullest loop: sums, the scores of two products, weights, and the rounded vector or where it is; and what the
+    In the fullest loop: sums, the scores of its products, weights, and the rounded vector or where it is; and what the
     updates of rows have under way of vectors that wait in memory.
     """
+    if _has_means(spec):
+        return _of_two_sums(spec, config, scores_ahead(spec, config, device))
+    program, waiting = (source := print_sweeps(spec.op, spec.phase)).program, source.waiting
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    terms = split_terms(spec.dtype, spec.precision)
-    scores, weights = 2 * config.block_k // 2, terms * config.block_k // 4
-    rounded = width // 4 if terms == 1 else _ADDRESS_REGISTERS
+    scores = max(len(sweep.scores) for sweep in program.sweeps) * config.block_k // 2
+    weights = spec.terms * config.block_k // 4
     window = _WINDOW_REGISTERS if spec.window_size is not None else 0
+    rounded = 0 if not program.rounded else width // 4 if spec.terms == 1 else _ADDRESS_REGISTERS
     loop = max(width, width_v) // 2 + scores + weights + rounded + window + _OTHER_REGISTERS
-    in_memory = len(print_sweeps(spec.op, spec.phase).waiting) - parked(spec, config, device)[0]
-    return loop + in_memory * path(spec, device).waiting_registers
+    return loop + (len(waiting) - parked(spec, config, device)[0]) * path(spec, device).waiting_registers
+
+
+def _of_two_sums(spec: LLASpec, config: KernelConfig, ahead: int) -> int:
+    """Registers of a loop with two sums: beside them are the scores of so many products that run ahead and the weights
+    of those that have not ended, and at other times both scores."""
+    tiles = padded_width(spec.head_dim_v) + (1 + ahead) * config.block_k // 2
+    return tiles + _OTHER_REGISTERS + (ahead - 1) * _AHEAD_REGISTERS
+
+
+def scores_ahead(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
+    """How many of the two products of scores run while those of the tile before are under way, see
+    mean_stream_wgmma.cuh: both where there are registers for it. A warp's own products do not run ahead at all."""
+    of = path(spec, device)
+    return 2 if of is WGMMA and _of_two_sums(spec, config, 2) <= of.row_registers[config.block_q] else 1
+
+
+def _has_means(spec: LLASpec) -> bool:
+    """Whether scores are relative to running means: such a list is one sweep with two sums."""
+    return any(sweep.means() for sweep in print_sweeps(spec.op, spec.phase).program.sweeps)
 
 
 def blocks_per_sm(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
@@ -127,9 +149,10 @@ def shared_memory(
 ) -> int:
     """Bytes of struct Shared in stream_wgmma.cuh or stream_mma.cuh."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    terms, barriers = (split_terms(spec.dtype, spec.precision), path(spec, device).barriers)
+    barriers = path(spec, device).barriers
     stages = config.num_stages * (config.block_k * max(width, width_v) * _INPUT_BYTES + barriers * _BARRIER_BYTES)
-    operands = (1 if terms == 1 else 1 + terms) * _INPUT_BYTES
+    inputs = len(print_sweeps(spec.op, spec.phase).program.row_inputs)
+    operands = (inputs if spec.terms == 1 else inputs + spec.terms) * _INPUT_BYTES
     rows = config.block_q * (width * (operands + parked_vectors * _FLOAT_BYTES) + max(1, parked_rows) * _FLOAT_BYTES)
     flags = 2 * config.block_q // _WARP_ROWS * 4
     return -(-(stages + rows + flags + _TILE_BYTES) // _ALIGNMENT) * _ALIGNMENT
@@ -162,9 +185,11 @@ def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:
         "BLOCK_Q": config.block_q, "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": 0,
         "GROUP_ROWS": of.group_rows or config.block_q, "CAUSAL": int(spec.is_causal),
         "WINDOWED": int(spec.window_size is not None), "PACKED": int(spec.num_sequences is not None),
-        "TERMS": split_terms(spec.dtype, spec.precision), "WEIGHT_SHIFT": weight_shift(spec.dtype),
-        "PARKED": vectors, "PARKED_ROWS": rows, "BLOCKS": blocks_per_sm(spec, config, device),
+        "TERMS": spec.terms, "WEIGHT_SHIFT": weight_shift(spec.dtype), "PARKED": vectors, "PARKED_ROWS": rows,
+        "BLOCKS": blocks_per_sm(spec, config, device),
     }  # fmt: skip
+    if _has_means(spec):
+        defines |= {"WGMMA": int(of is WGMMA), "SCORES_AHEAD": scores_ahead(spec, config, device)}
     return Kernel(
         of.name, f"{of.name}.cu", (max_tiles(spec, config) * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
         shared_memory(spec, config, device, vectors, rows), {name: str(value) for name, value in defines.items()},

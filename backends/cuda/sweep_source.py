@@ -15,7 +15,7 @@ from typing import Iterable, Mapping
 from lla_compile.backends.cuda.sweep_arguments import Field, argument_fields, arguments_text
 from lla_compile.expr import Expr, Kind, fold
 from lla_compile.lowering import lower
-from lla_compile.sweeps import Assign, Loop, Stage, Sweep, SweepList, sweep_of
+from lla_compile.sweeps import Assign, Loop, P, Stage, Sweep, SweepList, sweep_of
 
 TEMPLATES = {
     "add": "({0} + {1})",
@@ -150,13 +150,15 @@ class _SweepsPrinter:
         out, program = self.out, self.program
         out.add(f"// Printed: the sweeps of {program.name}.")
         out.add("#pragma once")
+        if any(sweep.means() for sweep in program.sweeps):
+            out.add("#include <mean_stream.cuh>")
         out.add("")
         out.add("DEVICE void run_sweeps(Group& group) {")
         out.depth += 1
         out.add("const SweepArguments& g = group.g;")
         out.add("const Rows& rows = group.rows;")
-        for name in program.row_inputs:
-            out.add(f"const QueryRows& {name} = group.{name};")
+        for number, name in enumerate(program.row_inputs):
+            out.add(f"const QueryRows {name} = group.input({number});" if number else "const QueryRows& q = group.q;")
         rows = [x for x, kind in program.kinds.items() if kind is Kind.ROW and x not in self.waiting_rows]
         rows += ["row_max", "row_sum"] if any(sweep.softmax == "online" for sweep in program.sweeps) else []
         out.add(f"Row {', '.join(rows)};")
@@ -244,6 +246,19 @@ class _SweepsPrinter:
         later = {assign.name for assign in sweep.epilogue}
         if entered is None:
             self._store_outputs(sweep, stages, {a.name for a in sweep.prologue} - later, at_hand)
+        if sweep.means():
+            self._stream_means(sweep)
+        else:
+            self._stream(sweep)
+        at_hand |= sweep.sums()
+        self._assign_all(sweep.epilogue, at_hand)
+        if entered is None:
+            written = {*later, *sweep.sums(), *sweep.means()}
+            self._store_outputs(sweep, stages, written, at_hand)
+
+    def _stream(self, sweep: Sweep) -> None:
+        """One pass over the keys for one sum."""
+        out = self.out
         (sums,) = sweep.accumulators
         width = self._width(sums.name)
         out.add(f"Vector<{width}> {sums.name};")
@@ -264,10 +279,19 @@ class _SweepsPrinter:
             out.add("assign(row_sum, [&](int r) { return softmax.sum[r]; });")
         else:
             out.add(f"softmax.end({sums.name});")
-        at_hand.add(sums.name)
-        self._assign_all(sweep.epilogue, at_hand)
-        if entered is None:
-            self._store_outputs(sweep, stages, {*later, sums.name}, at_hand)
+
+    def _stream_means(self, sweep: Sweep) -> None:
+        """One pass for the sum of values and a sum about it, whose weights take a score relative to its mean."""
+        out = self.out
+        (_, score), (sums, about) = sweep.scores, sweep.accumulators
+        assert score.mean and sums.weight == P and about.about == sums.name and sums.operand == about.operand == "v"
+        out.add(f"Vector<{self._width(sums.name)}> {sums.name}, {about.name};")
+        out.add("MeanSoftmax softmax(group.scale_log2);")
+        out.add(f"auto weight = [](float p, float {score.name}) {{ return {self._text(about.weight, Kind.TILE)}; }};")
+        out.add(f"stream_means(group, {sums.name}, {about.name}, softmax, {score.row}, weight);")
+        out.add(f"softmax.end(rows, {sums.name}, {about.name});")
+        for name, of in (("row_max", "maximum"), ("row_sum", "sum"), (score.mean, "mean")):
+            out.add(f"assign({name}, [&](int r) {{ return softmax.{of}[r]; }});")
 
     def _store_outputs(
         self, stage: Stage, stages: tuple[Stage, ...], written: Iterable[str], at_hand: set[str]
@@ -283,6 +307,9 @@ class _SweepsPrinter:
                 self.out.add(f"store(g.{name}, {name}, rows);")
             elif name in program.rounded:
                 self.out.add(f"{name}.store<{self.terms}>(g.{name}, g.state_rows * HEAD_DIM, rows);")
+            elif program.outputs[name] == "float32":
+                width = "HEAD_DIM_V" if name in program.value_wide else "HEAD_DIM"
+                self.out.add(f"store_state<{width}>(g.{name}, {name}, rows);")
             else:
                 width = "HEAD_DIM_V" if name in program.value_wide else "HEAD_DIM"
                 base = f"group.tile.result(g.{name}, g.{name}_strides)"

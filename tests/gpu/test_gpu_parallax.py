@@ -1,11 +1,21 @@
 """Parallax on the GPU: errors against float64, shapes and masks, repeatability, decoding, CUDA graphs, fla beside it."""
 
 import importlib.util
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from on_gpu import poison_free_memory
-from parallax_problems import GRADIENTS, SHAPES, bound_backward, gradients, make_parallax_problem
+from parallax_problems import (
+    GRADIENTS,
+    SHAPES,
+    bound_backward,
+    gradients,
+    grown,
+    make_parallax_problem,
+    run_forward,
+)
 from problems import assert_close, assert_gradients_close, relative_error
 
 from lla_compile import (
@@ -19,6 +29,7 @@ from lla_compile import (
     plan,
 )
 from lla_compile.arguments import Options
+from lla_compile.autograd import trained
 from lla_compile.devices import identify
 from lla_compile.reference import parallax_reference
 
@@ -38,8 +49,16 @@ def problem(**fields):
     return make_parallax_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
 
 
-def attend(*tensors, **options):
-    return parallax_attention(*tensors, backend="triton", **options)
+def attend(*tensors, backend="triton", **options):
+    return parallax_attention(*tensors, backend=backend, **options)
+
+
+def attend_on(backend, p):
+    """:func:`attend` with the passes of a backend, where it takes the forward pass; it may leave the backward pass to
+    another."""
+    if why := backends.get(backend).unsupported(p.spec(), identify("cuda")):
+        pytest.skip(f"{backend}: {why}")
+    return partial(attend, backend=backend)
 
 
 def gradients_of(backend, p, op="parallax", names=GRADIENTS):
@@ -65,16 +84,21 @@ def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_
     return (q, r, k, v), torch.tensor(lengths, dtype=torch.int32, device="cuda"), expected
 
 
+@BACKENDS
 @pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
-def test_values(fields):
+def test_values_and_gradients(fields, backend):
     p = problem(**fields)
+    attend = attend_on(backend, p)
     poison_free_memory()
     assert_close(attend(*p.tensors, **p.options), p.reference(), OUT_LIMIT)
+    expected = p.reference_gradients()
+    del expected["dscale"]
+    assert_gradients_close(gradients(p, attend), expected, GRADIENT_LIMIT)
 
 
 @BACKENDS
 @pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
-def test_gradients(fields, backend):
+def test_gradients_after_another_forward_pass(fields, backend):
     p = problem(**fields)
     poison_free_memory()
     expected = p.reference_gradients()
@@ -108,32 +132,69 @@ def test_gradients_of_softmax_attention(head_dim, backend):
 
 
 @BACKENDS
+@pytest.mark.parametrize("op", ["parallax", "softmax"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_tile_of_the_backward_pass(head_dim, op, backend):
+    p, device = problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
+    names = GRADIENTS if op == "parallax" else ("dq", "dk", "dv")
+    expected, spec = gradients_of(backend, p, op, names), p.spec(op, "backward")
+    for config in backends.get(backend).alternatives(spec, device):
+        knobs = {name: value for name, value in config.as_dict().items() if name != "backend"}
+        got = bound_backward(p, backend, device, "triton", op, **knobs)(*names)
+        for name in names:
+            assert relative_error(got[name], expected[name].double()) < GRADIENT_LIMIT, (name, config.describe())
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.float32, 1e-5)], ids=str)
 def test_other_types(dtype, limit, backend):
     p = problem(seqlen_q=500, head_dim=64, dtype=dtype)
+    attend = attend_on(backend, p)
     assert_close(attend(*p.tensors), p.reference(), limit)
     expected = p.reference_gradients()
     del expected["dscale"]
-    assert_gradients_close(gradients_of(backend, p), expected, 5 * limit)
+    assert_gradients_close(gradients(p, attend), expected, 5 * limit)
 
 
+@BACKENDS
+@pytest.mark.parametrize("fields", [dict(offset=20.0), dict(offset=2.0, growth=8.0)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_an_offset_of_the_keys_costs_no_digits(head_dim):
-    p = problem(seqlen_q=1024, head_dim=head_dim, offset=20.0)
-    assert_close(attend(*p.tensors), p.reference(), OUT_LIMIT)
+def test_offsets_and_growth_of_the_keys_cost_no_digits(head_dim, fields, backend):
+    p = grown(problem(seqlen_q=1024, head_dim=head_dim, offset=fields["offset"]), fields.get("growth", 0.0))
+    assert_close(attend_on(backend, p)(*p.tensors), p.reference(), OUT_LIMIT)
+
+
+@BACKENDS
+@pytest.mark.parametrize("op", ["parallax", "softmax"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_tile_and_what_it_saves(head_dim, op, backend):
+    p, device = problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
+    attend_on(backend, p)
+    executor, spec = backends.get(backend), p.spec(op)
+    double = replace(p, tensors=tuple(x.double() for x in p.tensors))
+    expected = run_forward(double, trained(op), "eager", device, op)
+    for config in (executor.default_config(spec, device), *executor.alternatives(spec, device)):
+        knobs = {name: value for name, value in config.as_dict().items() if name != "backend"}
+        got = run_forward(p, trained(op), backend, device, op, **knobs)
+        for name in expected:
+            assert relative_error(got[name], expected[name]) < OUT_LIMIT, (name, config.describe())
 
 
 @BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_results_are_the_same_bit_for_bit(head_dim, backend):
     p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
-    first, second = (gradients_of(backend, p) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in GRADIENTS)
+    attend = attend_on(backend, p)
+    first, second = (gradients(p, attend) | {"out": attend(*p.tensors)} for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in (*GRADIENTS, "out"))
 
 
-def test_a_probe_of_zero_is_softmax_attention():
-    q, r, k, v = problem(seqlen_q=500, head_dim=64, probe=0.0).tensors
-    options = Options(op="softmax", backend="triton")
+@BACKENDS
+def test_a_probe_of_zero_is_softmax_attention(backend):
+    p = problem(seqlen_q=500, head_dim=64, probe=0.0)
+    attend = attend_on(backend, p)
+    q, r, k, v = p.tensors
+    options = Options(op="softmax", backend=backend)
     softmax = dispatch.run("forward", dispatch.Inputs(q, k, v, None, None), options, ("out",))["out"]
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert relative_error(softmax, expected.double()) < 4e-3
@@ -202,9 +263,10 @@ def test_decoding_in_a_cuda_graph_allocates_nothing_and_follows_the_lengths():
         assert_close(out, parallax_reference(row, probe, k[:, :, :length], v[:, :, :length]), OUT_LIMIT)
 
 
-def test_training_in_a_cuda_graph():
+@BACKENDS
+def test_training_in_a_cuda_graph(backend):
     p = problem(seqlen_q=300, head_dim=64)
-    leaves = p.leaves()
+    leaves, attend = p.leaves(), attend_on(backend, p)
 
     def step():
         return torch.autograd.grad(attend(*leaves), leaves, p.grad_out)
@@ -221,8 +283,10 @@ def test_training_in_a_cuda_graph():
     assert all(torch.equal(x, y) for x, y in zip(captured, step()))
 
 
-def test_compiled_code():
+@BACKENDS
+def test_compiled_code(backend):
     p = problem(seqlen_q=200, head_dim=64)
+    attend = attend_on(backend, p)
     compiled = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True)
     leaves = p.leaves()
     for x, y in zip(
@@ -240,13 +304,13 @@ def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim, bac
     from fla.ops.parallax import parallel_parallax
 
     p = problem(seqlen_q=1024, heads=4, head_dim=head_dim)
+    attend = attend_on(backend, p)
 
     def fla(*tensors):
         return parallel_parallax(*(x.transpose(1, 2).contiguous() for x in tensors)).transpose(1, 2)
 
     expected = p.reference_gradients() | {"out": p.reference()}
     del expected["dscale"]
-    ours = gradients_of(backend, p) | {"out": attend(*p.tensors)}
-    theirs = gradients(p, fla) | {"out": fla(*p.tensors)}
+    ours, theirs = (gradients(p, op) | {"out": op(*p.tensors)} for op in (attend, fla))
     for name, exact in expected.items():
         assert relative_error(ours[name], exact) <= 1.05 * relative_error(theirs[name], exact), name

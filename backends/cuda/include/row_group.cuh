@@ -13,13 +13,13 @@ constexpr int STAGE_BYTES = KeyTile::BYTES > ValueTile::BYTES ? KeyTile::BYTES :
 using QueryRows = RowTile;
 using Direction = Rounded;
 
-constexpr int OPERANDS_OF_ROWS = TERMS == 2 ? 3 : 1;
+constexpr int OPERANDS_OF_ROWS = ROW_INPUTS + (TERMS == 2 ? 2 : 0);
 constexpr int OPERAND_BYTES = ROW_GROUPS * QueryRows::BYTES;
 constexpr int PARKED_BYTES = ROW_WARPS * Parked<BLOCK_D>::BYTES_OF_WARP;
 
 struct SharedRows {
     uint8_t stages[STAGES][STAGE_BYTES];
-    // The queries and the terms of a rounded vector, in the order of groups; then vectors that wait.
+    // Rows of the inputs and the terms of a rounded vector, each in the order of groups; then vectors that wait.
     uint8_t rows[OPERANDS_OF_ROWS * OPERAND_BYTES + PARKED * PARKED_BYTES];
     float row_numbers[PARKED_ROWS > 0 ? PARKED_ROWS : 1][BLOCK_Q];
     int flags[2][ROW_WARPS];
@@ -74,25 +74,34 @@ struct RowGroup {
 
     DEVICE RowGroup(const SweepArguments& g, SharedRows& shared)
         : g(g), shared(shared), tile(shared.tile), rows{shared.tile} {
-        q = {shared.rows + number() * QueryRows::BYTES, threadIdx.x / 32 % GROUP_WARPS * 16};
+        q = input(0);
         scale_log2 = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
-        load_queries(tile.cache(g.q, g.q_strides, tile.head, tile.q_start), tile.first_row + GROUP_ROWS * number());
+#pragma unroll
+        for (int i = 0; i < ROW_INPUTS; ++i) {
+            RowInput from = row_input(g, i);
+            load(i ? input(i) : q, tile.cache(from.base, from.strides, tile.head, tile.q_start),
+                 tile.first_row + GROUP_ROWS * number());
+        }
+        commit_copies();
+        wait_copies<0>();
     }
 
     // Of the group in its block; the compiler knows that all lanes have the same.
     DEVICE static int number() { return uniform(thread_anew() / GROUP); }
 
-    DEVICE void load_queries(const Cache& from, int first) {
+    // The group's rows of an input, in the order that `row_input` has them.
+    DEVICE QueryRows input(int i) const {
+        return {shared.rows + i * OPERAND_BYTES + number() * QueryRows::BYTES, threadIdx.x / 32 % GROUP_WARPS * 16};
+    }
+    DEVICE void load(const QueryRows& to, const Cache& from, int first) const {
         constexpr int CHUNKS = BLOCK_D / CHUNK;
 #pragma unroll 1
         for (int at = threadIdx.x % GROUP; at < GROUP_ROWS * CHUNKS; at += GROUP) {
             int row = at / CHUNKS, chunk = at % CHUNKS, left = HEAD_DIM - chunk * CHUNK;
-            TileCopy<KeyTile, GROUP>::copy_chunk(shared_address(q.tile) + QueryRows::offset(row, chunk),
+            TileCopy<KeyTile, GROUP>::copy_chunk(shared_address(to.tile) + QueryRows::offset(row, chunk),
                                                  from.base + (first + row) * from.row_stride + chunk * CHUNK,
                                                  first + row < tile.queries, left < CHUNK ? left > 0 ? left : 0 : CHUNK);
         }
-        commit_copies();
-        wait_copies<0>();
     }
 
     DEVICE Flags vote(int flags) { return ::vote(flags, shared, parity); }
@@ -118,8 +127,8 @@ struct RowGroup {
     DEVICE float* parked_row(int slot) const { return shared.row_numbers[slot]; }
     DEVICE Direction rounded() const {
         Direction made;
-        made.high = {q.tile + (TERMS == 2 ? 1 : 0) * OPERAND_BYTES, q.first};
-        made.low = {q.tile + (TERMS == 2 ? 2 : 0) * OPERAND_BYTES, q.first};
+        made.high = {q.tile + (TERMS == 2 ? ROW_INPUTS : 0) * OPERAND_BYTES, q.first};
+        made.low = {q.tile + (TERMS == 2 ? ROW_INPUTS + 1 : 0) * OPERAND_BYTES, q.first};
         return made;
     }
 

@@ -252,3 +252,9 @@ struct Rounded {
         }
     }
 };
+
+// A vector of which COLUMNS columns count, row by row, if there is a place for it.
+template <int COLUMNS, int WIDTH>
+DEVICE void store_state(float* to, const Vector<WIDTH>& value, const Rows& rows) {
+    if (to) InMemory<WIDTH, COLUMNS>{to, rows}.store(value);
+}

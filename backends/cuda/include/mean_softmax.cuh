@@ -1,0 +1,127 @@
+// How two scores of a tile become two weights: p, the softmax of the first, and a function of p and the second, which is
+// relative to its mean under p. Maximum and mean are those of some tile before, see mean_lowering.py: the sums so far are
+// moved along only when a score outgrows the maximum that is held by 2^SLACK.
+#pragma once
+#include <row_state.cuh>
+#include <weights.cuh>
+
+// float16 has to hold the weights times the second score.
+constexpr float SLACK = BFLOAT16 ? 8.0f : 4.0f;
+// Less than any score: a maximum that nothing is less than, and that -inf less it is -inf.
+constexpr float LOWEST = -1e30f;
+constexpr float LEAST_SUM = 1e-30f;  // of a row without keys, to divide by
+
+struct MeanSoftmax {
+    // Scores times `factor` are exponents; those of a scale that is not positive have been multiplied already, so that
+    // the largest score is the largest exponent.
+    float scale_log2, factor;
+    Row maximum = {LOWEST, LOWEST};
+    Row mean = {0, 0};
+    Row sum = {0, 0}, moment = {0, 0};  // of p and of p times the second score, over the thread's columns
+    // Whether the warp's maxima were moved with this tile, and then what all sums so far lose by that.
+    bool moves = false;
+    Row shrink = {1, 1};
+
+    DEVICE explicit MeanSoftmax(float scale_log2) : scale_log2(scale_log2), factor(scale_log2 > 0 ? scale_log2 : 1) {}
+
+    // To be called before scores are masked: -inf times 0 is none.
+    template <int TILES>
+    DEVICE void scale(float (&s)[TILES][4]) const {
+        if (scale_log2 > 0) return;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[n][i] *= scale_log2;
+        }
+    }
+
+    // Scores become p. Threads look at their own columns; only where one of the warp moves do they ask each other.
+    template <int TILES>
+    DEVICE void weigh(float (&s)[TILES][4]) {
+        Row largest = {-INFINITE, -INFINITE};
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
+        }
+        bool outgrown = largest[0] * factor > maximum[0] + SLACK || largest[1] * factor > maximum[1] + SLACK;
+        moves = any_lane(outgrown);
+        if (moves) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                float higher = fmaxf(maximum[r], maximum_of_row(largest[r]) * factor);
+                shrink[r] = exp2_of(maximum[r] - higher);
+                maximum[r] = higher;
+                sum[r] *= shrink[r], moment[r] *= shrink[r];
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[n][i] = exp2_of(s[n][i] * factor - maximum[i / 2]);
+                sum[i / 2] += s[n][i];
+            }
+        }
+    }
+
+    // What earlier tiles have left becomes relative to the maximum as it is now, and to the mean of all keys so far, those
+    // of this tile among them.
+    template <int TILES, int WIDTH>
+    DEVICE void move(const float (&p)[TILES][4], const float (&a)[TILES][4], Vector<WIDTH>& sums, Vector<WIDTH>& moments) {
+        Row tile_sum = {0, 0}, tile_moment = {0, 0}, moved;
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                tile_sum[i / 2] += p[n][i];
+                tile_moment[i / 2] += p[n][i] * (a[n][i] - mean[i / 2]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            moved[r] = sum_of_row(moment[r] + tile_moment[r]) / fmaxf(sum_of_row(sum[r]), LEAST_SUM);
+            mean[r] += moved[r];
+            moment[r] -= moved[r] * (sum[r] - tile_sum[r]);
+        }
+        assign(sums, [&](int n, int i) { return sums(n, i) * shrink[i / 2]; });
+        assign(moments, [&](int n, int i) { return moments(n, i) * shrink[i / 2] - moved[i / 2] * sums(n, i); });
+    }
+
+    // The second score becomes the second weight.
+    template <int TILES, class F>
+    DEVICE void combine(const float (&p)[TILES][4], float (&a)[TILES][4], F weight) {
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float relative = a[n][i] - mean[i / 2];
+                a[n][i] = weight(p[n][i], relative);
+                moment[i / 2] += p[n][i] * relative;
+            }
+        }
+    }
+
+    // Over the threads that share a row; the mean is that of all keys from here on.
+    template <int WIDTH>
+    DEVICE void end(const Rows& rows, const Vector<WIDTH>& sums, Vector<WIDTH>& moments) {
+        Row moved;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float total = sum_of_row(sum[r]);
+            moved[r] = sum_of_row(moment[r]) / fmaxf(total, LEAST_SUM);
+            mean[r] += moved[r];
+            sum[r] = rows.exists(r) ? total : 0;
+        }
+        assign(moments, [&](int n, int i) { return moments(n, i) - moved[i / 2] * sums(n, i); });
+    }
+};
+
+// Both weights of a tile as operands of products.
+struct WeightPair {
+    Weights<1> p, weighted;
+
+    DEVICE void set(const float (&of_p)[BLOCK_K / 8][4], const float (&of_weighted)[BLOCK_K / 8][4]) {
+        p.set(of_p), weighted.set(of_weighted);
+    }
+};
