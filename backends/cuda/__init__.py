@@ -56,7 +56,7 @@ class CudaBackend:
         return _choices(spec).default_config(spec, device)
 
     def alternatives(self, spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
-        """The other instruction path's default, where the device has two; for the forward pass, other tiles."""
+        """The other instruction path's default, where the device has two; otherwise other tiles."""
         return _choices(spec).alternatives(spec, device)
 
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
