@@ -110,6 +110,13 @@ def test_heuristic_default_and_alternatives_are_feasible(op, head_dim):
             assert all(getattr(config, knob) in values for config in configs for knob, values in space.items())
 
 
+@pytest.mark.parametrize("seqlen", [1, 130, 384, 4097])
+def test_streamed_tiles_lie_within_the_table_of_their_head(seqlen):
+    spec = replace(Case("softmax", 64).spec, seqlen_q=seqlen)
+    for rows in BACKEND.search_space(spec, H200)["kv_block_q"]:
+        assert -(-seqlen // rows) * rows <= backward_kernels.table_rows(spec)
+
+
 @pytest.mark.parametrize("knobs, part", [
     (dict(num_stages=20), "grad_q takes"),
     (dict(kv_num_stages=1), "grad_kv needs at least 2 stages"),

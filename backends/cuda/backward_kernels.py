@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 GROUP_ROWS = 64  # of the held side, that the warps of a matrix instruction hold together
 # That a thread which holds something can have, by the groups of a block, see stream_saved.cuh.
 REGISTERS = {1: 232, 2: 240, 3: 160}
-_ROWS_OF_TABLE = 192  # the table has a multiple of them, and so has every size of a streamed tile
+_ROWS_OF_TABLE = 384  # the table has a multiple of them, and every size of a streamed tile divides it
 _LEAST_WIDTH = 64  # of a panel of a tile
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
 _BLOCK_BYTES = 64  # of struct HeldBlock
