@@ -142,7 +142,7 @@ def test_unsupported_says_why(gpu, fields, part):
     assert part in BACKEND.unsupported(replace(Case("parallax", 64).spec, **fields), resolve(gpu))
 
 
-@pytest.mark.parametrize("name", ["stream_saved.cuh", "row_reader.cuh", "ptx_turns.cuh"])
+@pytest.mark.parametrize("name", ["stream_saved.cuh", "row_reader.cuh", "ptx_backward.cuh"])
 def test_the_hash_covers_what_is_compiled(name, monkeypatch):
     spec = Case("parallax", 64).spec
     config, headers = BACKEND.default_config(spec, H200), compiler.read_headers()

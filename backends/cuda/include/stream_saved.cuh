@@ -7,7 +7,7 @@
 // tensor cores together and leave them idle together.
 #pragma once
 #include <products_sm90.cuh>
-#include <ptx_turns.cuh>
+#include <ptx_backward.cuh>
 #include <stage_ring.cuh>
 
 // Of pairs, spread over threads as a sum of products.
@@ -37,7 +37,7 @@ DEVICE void set_weights(Weights (&weights)[COUNT], F weigh) {
             weigh(n, i, x);
             weigh(n, i + 1, y);
 #pragma unroll
-            for (int w = 0; w < COUNT; ++w) weights[w].of[n / 2][n % 2 * 2 + i / 2] = pack(x[w], y[w]);
+            for (int w = 0; w < COUNT; ++w) weights[w].of[n / 2][n % 2 * 2 + i / 2] = pack_finite(x[w], y[w]);
         }
     }
 }

@@ -1,6 +1,8 @@
-// Stands in for backends/cuda/include/ptx_turns.cuh, see ptx.cuh in this folder.
+// Stands in for backends/cuda/include/ptx_backward.cuh, see ptx.cuh in this folder.
 #pragma once
 #include <ptx_sm90.cuh>
+
+inline uint32_t pack_finite(float low, float high) { return pack(low, high); }
 
 constexpr int FIRST_TURN_BARRIER = 4;
 
