@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Iterable, Mapping
 
 from lla_compile.backends.cuda.sweep_arguments import Field, argument_fields, arguments_text
+from lla_compile.backends.cuda.sweep_waiting import made_early, waiting_rows, waiting_vectors
 from lla_compile.expr import Expr, Kind, fold
 from lla_compile.lowering import lower
 from lla_compile.sweeps import Assign, Loop, P, Stage, Sweep, SweepList, sweep_of
@@ -63,57 +64,16 @@ class Source:
 def print_sweeps(op: str, phase: str) -> Source:
     """The CUDA C++ of an operator's sweeps; all of them have to hold query rows."""
     program = lower(op, phase)
-    waiting = tuple(
-        name
-        for name, kind in program.crossing((stage,) for stage in program.stages).items()
-        if kind is Kind.VECTOR and name not in program.rounded
-    )
-    # What every turn of a loop reads and writes is kept closest.
-    loops = [stage.sweep for stage in program.stages if isinstance(stage, Loop)]
-    waiting = tuple(sorted(waiting, key=lambda name: (-_turns_with(name, loops), name)))
-    waiting_rows = _waiting_rows(program)
+    waiting, rows = waiting_vectors(program), waiting_rows(program)
     fields = argument_fields(program, waiting)
-    printer = _SweepsPrinter(program, waiting, waiting_rows)
+    printer = _SweepsPrinter(program, waiting, rows)
+    loops = sum(isinstance(stage, Loop) for stage in program.stages)
     headers = {
-        "sweep_arguments.cuh": arguments_text(program, fields, len(loops)),
+        "sweep_arguments.cuh": arguments_text(program, fields, loops),
         "sweeps.cuh": printer.text(),
         "copies.cuh": printer.copies_text(),
     }
-    return Source(headers, fields, program, waiting, waiting_rows, len(loops))
-
-
-def _waiting_rows(program: SweepList) -> tuple[str, ...]:
-    """Numbers of rows that outlive a sweep and that no sweep needs while it streams keys."""
-    streaming = set().union(*(_read_by_stream(sweep) for sweep in program.sweeps))
-    crossing = program.crossing((stage,) for stage in program.stages)
-    rows = [*program.row_scalars, *(name for name, kind in crossing.items() if kind is Kind.ROW)]
-    return tuple(name for name in rows if name not in streaming)
-
-
-def _read_by_stream(sweep: Sweep) -> set[str]:
-    names = {"lse"} if sweep.softmax == "saved" else set()
-    names |= {score.center for score in sweep.scores if score.center}
-    return names.union(*(sums.weight.symbols() for sums in sweep.accumulators))
-
-
-def _turns_with(name: str, loops: Iterable[Sweep]) -> int:
-    """How often a turn of the loops touches a vector."""
-    return sum((name in sweep.reads()) + (name in sweep.writes()) for sweep in loops)
-
-
-def _made_early(assigns: tuple[Assign, ...], waiting: tuple[str, ...]) -> tuple[Assign, ...]:
-    """The same assignments; vectors that go straight to where they wait are made as soon as what they take is there, so
-    that they and it leave their registers."""
-    ordered: list[Assign] = []
-    for number, assign in enumerate(assigns):
-        others = (*assigns[:number], *assigns[number + 1 :])
-        touched = {other.name for other in others}.union(*(other.value.symbols() for other in others))
-        place = len(ordered)
-        if assign.name in waiting and assign.name not in touched:
-            while place and ordered[place - 1].name not in assign.value.symbols():
-                place -= 1
-        ordered.insert(place, assign)
-    return tuple(ordered)
+    return Source(headers, fields, program, waiting, rows, loops)
 
 
 class Lines(list):
@@ -347,7 +307,7 @@ class _SweepsPrinter:
     def _assign_all(self, assigns: tuple[Assign, ...], at_hand: set[str]) -> None:
         """Assignments; what waits is fetched before the first one that reads it, and put back after the last."""
         waits = {*self.waiting, *self.waiting_rows}
-        assigns = _made_early(assigns, self.waiting)
+        assigns = made_early(assigns, self.waiting)
         last_write = {assign.name: number for number, assign in enumerate(assigns)}
         for number, assign in enumerate(assigns):
             self._fetch(assign.value.symbols(), at_hand)

@@ -3,15 +3,17 @@
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import torch  # noqa: E402
 from decode_problems import STREAM  # noqa: E402
 from on_gpu import forward, gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients  # noqa: E402
-from parallax_problems import bound_backward, make_parallax_problem  # noqa: E402
+from parallax_problems import bound_backward, make_parallax_problem, run_forward  # noqa: E402
 from problems import assert_close, make_grad_out  # noqa: E402
 
 from lla_compile import backends  # noqa: E402
+from lla_compile.autograd import trained  # noqa: E402
 from lla_compile.backends.cuda import runtime  # noqa: E402
 from lla_compile.devices import identify  # noqa: E402
 
@@ -43,11 +45,14 @@ p = gpu_packed((70, 0, 33), head_dim=40, head_dim_v=24, heads=2, kv_heads=1, rid
 assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_iters=8).values())
 for backend in BACKENDS:
     assert_close(forward(backend, p, cg_max_iters=8), p.reference(), 2.5e-3)
-for fields in CASES if "cuda" in BACKENDS else ():
+for fields in CASES:
     p = make_parallax_problem(**fields, dtype=torch.bfloat16, device="cuda")
-    if not backends.get("cuda").unsupported(p.spec("parallax", "backward"), identify("cuda")):
-        found = bound_backward(p, "cuda", identify("cuda"), "triton")("dq", "dr", "dk", "dv", "dscale")
-        assert all(x.isfinite().all() for x in found.values())
+    for backend in BACKENDS:
+        got = run_forward(p, trained("parallax"), backend, identify("cuda"))
+        assert_close(got["out"], p.reference(), 2.5e-3)
+        if not backends.get(backend).unsupported(p.spec("parallax", "backward"), identify("cuda")):
+            found = bound_backward(p, backend, identify("cuda"), backend)("dq", "dr", "dk", "dv", "dscale")
+            assert all(x.isfinite().all() for x in found.values())
 for fields in DECODE_CASES:
     p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
     for backend in BACKENDS:

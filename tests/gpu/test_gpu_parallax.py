@@ -201,11 +201,13 @@ def test_a_probe_of_zero_is_softmax_attention(backend):
     assert relative_error(attend(q, r, k, v), softmax.double()) < 2e-3
 
 
-def test_packed_sequences():
+@FORWARD
+def test_packed_sequences(backend):
     p = problem(seqlen_q=600, heads=4, kv_heads=2, head_dim=64)
+    attend_on(backend, p)
     ends = torch.tensor([0, 177, 177, 600], dtype=torch.int32, device="cuda")
     packed = [x[0].transpose(0, 1).clone().requires_grad_() for x in p.tensors]
-    out = parallax_attention_varlen(*packed, ends, ends, backend="triton")
+    out = parallax_attention_varlen(*packed, ends, ends, backend=backend)
     grads = torch.autograd.grad(out, packed, p.grad_out[0].transpose(0, 1))
     for start, stop in ((0, 177), (177, 600)):
         alone = [x[:, :, start:stop].double().requires_grad_() for x in p.tensors]

@@ -1,12 +1,15 @@
 // How two scores of a tile become two weights: p, the softmax of the first, and a function of p and the second, which is
 // relative to its mean under p. Maximum and mean are those of some tile before, see mean_lowering.py: the sums so far are
-// moved along only when a score outgrows the maximum that is held by 2^SLACK.
+// moved along only when weights relative to them grow too large.
 #pragma once
+#include <ptx_weights.cuh>
 #include <row_state.cuh>
 #include <weights.cuh>
 
-// float16 has to hold the weights times the second score.
-constexpr float SLACK = BFLOAT16 ? 8.0f : 4.0f;
+// Weights relative to the maximum that is held are at most 2^SLACK, and may all be 1: float16 has to hold them times the
+// second score.
+constexpr float SLACK = BFLOAT16 ? 8.0f : 5.0f, MOST = BFLOAT16 ? 256.0f : 32.0f;
+static_assert(BLOCK_K / 4 <= MOST);
 // Less than any score: a maximum that nothing is less than, and that -inf less it is -inf.
 constexpr float LOWEST = -1e30f;
 constexpr float LEAST_SUM = 1e-30f;  // of a row without keys, to divide by
@@ -18,7 +21,7 @@ struct MeanSoftmax {
     Row maximum = {LOWEST, LOWEST};
     Row mean = {0, 0};
     Row sum = {0, 0}, moment = {0, 0};  // of p and of p times the second score, over the thread's columns
-    // Whether the warp's maxima were moved with this tile, and then what all sums so far lose by that.
+    // Whether the warp's maxima move with this tile, and then what all sums so far lose by that.
     bool moves = false;
     Row shrink = {1, 1};
 
@@ -35,34 +38,26 @@ struct MeanSoftmax {
         }
     }
 
-    // Scores become p. Threads look at their own columns; only where one of the warp moves do they ask each other.
+    // Scores become p by the maximum that is held, and the sums of p tell whether it has been outgrown: it `moves`, and p
+    // has to be made anew. Nobody looks for a maximum before.
     template <int TILES>
     DEVICE void weigh(float (&s)[TILES][4]) {
-        Row largest = {-INFINITE, -INFINITE};
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
-        }
-        bool outgrown = largest[0] * factor > maximum[0] + SLACK || largest[1] * factor > maximum[1] + SLACK;
-        moves = any_lane(outgrown);
-        if (moves) {
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-                float higher = fmaxf(maximum[r], maximum_of_row(largest[r]) * factor);
-                shrink[r] = exp2_of(maximum[r] - higher);
-                maximum[r] = higher;
-                sum[r] *= shrink[r], moment[r] *= shrink[r];
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < TILES; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                s[n][i] = exp2_of(s[n][i] * factor - maximum[i / 2]);
-                sum[i / 2] += s[n][i];
-            }
-        }
+        Row tile_sum = exponentials(s);
+        moves = any_lane_says(!(tile_sum[0] <= MOST && tile_sum[1] <= MOST));
+        if (!moves) add(tile_sum);
+    }
+    template <int TILES>
+    DEVICE void weigh_anew(float (&s)[TILES][4]) {
+        raise(largest_of(s));
+        add(exponentials(s));
+    }
+    // The same in one step, where scores are not to be had twice.
+    template <int TILES>
+    DEVICE void weigh_once(float (&s)[TILES][4]) {
+        Row largest = largest_of(s);
+        moves = any_lane_says(largest[0] * factor > maximum[0] + SLACK || largest[1] * factor > maximum[1] + SLACK);
+        if (moves) raise(largest);
+        add(exponentials(s));
     }
 
     // What earlier tiles have left becomes relative to the maximum as it is now, and to the mean of all keys so far, those
@@ -115,13 +110,58 @@ struct MeanSoftmax {
         }
         assign(moments, [&](int n, int i) { return moments(n, i) - moved[i / 2] * sums(n, i); });
     }
+
+    // Over the thread's columns.
+    template <int TILES>
+    DEVICE static Row largest_of(const float (&s)[TILES][4]) {
+        Row largest = {-INFINITE, -INFINITE};
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s[n][i]);
+        }
+        return largest;
+    }
+    DEVICE void raise(const Row& largest) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            float higher = fmaxf(maximum[r], maximum_of_row(largest[r]) * factor);
+            shrink[r] = exp2_of(maximum[r] - higher);
+            maximum[r] = higher;
+            sum[r] *= shrink[r], moment[r] *= shrink[r];
+        }
+    }
+    // Scores become p; the sums of p over the thread's columns.
+    template <int TILES>
+    DEVICE Row exponentials(float (&s)[TILES][4]) const {
+        Row sums = {0, 0};
+#pragma unroll
+        for (int n = 0; n < TILES; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                s[n][i] = exp2_of(s[n][i] * factor - maximum[i / 2]);
+                sums[i / 2] += s[n][i];
+            }
+        }
+        return sums;
+    }
+    DEVICE void add(const Row& sums) { sum[0] += sums[0], sum[1] += sums[1]; }
 };
 
 // Both weights of a tile as operands of products.
 struct WeightPair {
     Weights<1> p, weighted;
 
+    // `of_p` is at most MOST.
     DEVICE void set(const float (&of_p)[BLOCK_K / 8][4], const float (&of_weighted)[BLOCK_K / 8][4]) {
-        p.set(of_p), weighted.set(of_weighted);
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 8; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                int at = n % 2 * 2 + i / 2;
+                p.of[0][n / 2][at] = pack_in_range(of_p[n][i], of_p[n][i + 1]);
+                weighted.of[0][n / 2][at] = pack(of_weighted[n][i], of_weighted[n][i + 1]);
+            }
+        }
     }
 };

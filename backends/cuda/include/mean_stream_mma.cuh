@@ -64,7 +64,7 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             multiply_two_rows(s, a, group.q, probe, keys);
             softmax.scale(s);
             if (range.cuts(at)) group.mask(s, at);
-            softmax.weigh(s);
+            softmax.weigh_once(s);
             if (softmax.moves) softmax.move(s, a, sum, moment);
             softmax.combine(s, a, weight);
             weights.set(s, a);

@@ -3,10 +3,19 @@
 //
 // Products of a tile's weights with values run while the next tile's scores become weights. Where registers are there for
 // it (SCORES_AHEAD == 2) so do the second scores' products; else those wait until the values' products have left their
-// operands, and the groups of rows of a block fill each other's waits.
+// operands, and the groups of rows of a block fill each other's waits. A warp whose maxima have been outgrown makes the
+// scores of its rows anew by its own instructions.
 #pragma once
 #include <mean_softmax.cuh>
+#include <operands_mma.cuh>
 #include <stream_wgmma.cuh>
+
+// The same turn, which depends on a number that is never negative: ptxas moves a wait for products up past arithmetic
+// that does not need it, but not past another wait that the arithmetic comes before.
+DEVICE Turn once_known(float x, Turn turn) {
+    turn.parity += x < 0;
+    return turn;
+}
 
 // One pass over keys and values:
 //     sum[i] = sum over j of p[i, j] v_j        moment[i] = sum over j of weight(p[i, j], a[i, j]) v_j
@@ -27,12 +36,14 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         WeightPair weights;
         Turn values = turn, held;  // of a tile, and of the tile before
         values.next();
-        auto weigh = [&](int at) {
-            hold_all(s);
+        auto prepare = [&](int at) {
             softmax.scale(s);
             if (range.cuts(at)) group.mask(s, at);
-            softmax.weigh(s);
-            group.wait_for(values);  // here, where products are under way
+        };
+        auto weigh_anew = [&](int at) {
+            multiply_by_warp(s, group.q, group.stage(turn));
+            prepare(at);
+            softmax.weigh_anew(s);
         };
         auto start_second = [&] {
             group.start_rows<false>(a, probe.tile, turn);
@@ -40,7 +51,8 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         };
         auto next = [&] {
             held = values;
-            turn.next(), turn.next(), values.next(), values.next();
+            turn = values, turn.next();
+            values = turn, values.next();
         };
         group.wait_for(turn);
         begin_products();
@@ -48,11 +60,14 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
         commit_products();
         start_second();
         wait_product_groups<1>();
-        weigh(begin);
+        hold_all(s);
+        prepare(begin);
+        softmax.weigh_once(s);
+        group.wait_for(values);
         wait_product_groups<0>();
         hold_all(a);
         group.release(turn);
-        softmax.move(s, a, sum, moment);
+        if (softmax.moves) softmax.move(s, a, sum, moment);
         softmax.combine(s, a, weight);
         weights.set(s, a);
         next();
@@ -70,16 +85,20 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             group.start_sum<ValueTile>(moment, weights.weighted, held);
             commit_products();
             wait_product_groups<AHEAD ? 2 : 1>();
-            weigh(at);
+            hold_all(s);
+            prepare(at);
+            softmax.weigh(s);
+            if constexpr (AHEAD) if (softmax.moves) weigh_anew(at);
+            group.wait_for(once_known(softmax.sum[0] + softmax.sum[1], values));
             if constexpr (AHEAD) {
                 wait_product_groups<1>();
                 hold_all(a);
-                group.release(turn);
                 if (softmax.moves) {
                     wait_product_groups<0>();
                     hold_all(sum.x), hold_all(moment.x);
                     softmax.move(s, a, sum, moment);
                 }
+                group.release(turn);
                 softmax.combine(s, a, weight);
             }
             wait_product_groups<0>();
@@ -87,6 +106,7 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             hold_weights(weights.p), hold_weights(weights.weighted);
             group.release(held);
             if constexpr (!AHEAD) {
+                if (softmax.moves) weigh_anew(at);
                 begin_products();
                 start_second();
                 wait_product_groups<0>();

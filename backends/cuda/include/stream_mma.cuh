@@ -3,35 +3,12 @@
 // All warps hold rows, and together copy tiles of keys and values into a ring of stages, as far ahead as the ring is long.
 // Scores of two products take every key from shared memory once.
 #pragma once
-#include <row_group.cuh>
+#include <operands_mma.cuh>
 #include <weights.cuh>
 
 constexpr int THREADS = GROUP;
 
 using Shared = SharedRows;
-
-// Where a lane finds its row of four 8 x 8 matrices: a left operand's, 16 rows of a tile's rows and 16 columns from
-// `chunk` on; a right one's, 16 keys as columns of the product; the same keys as its rows.
-DEVICE uint32_t left_operand(const QueryRows& rows, int chunk) {
-    int lane = Rows::lane();
-    return shared_address(rows.tile) + QueryRows::offset(rows.first + lane % 16, chunk + lane / 16);
-}
-template <class T>
-DEVICE uint32_t columns_operand(uint32_t tile, int key, int chunk) {
-    int lane = Rows::lane();
-    return tile + T::offset(key + lane / 16 * 8 + lane % 8, chunk + lane / 8 % 2);
-}
-template <class T>
-DEVICE uint32_t rows_operand(uint32_t tile, int key, int chunk) {
-    int lane = Rows::lane();
-    return tile + T::offset(key + lane % 16, chunk + lane / 16);
-}
-
-// Two neighbouring tiles of a sum.
-DEVICE void multiply_pair(float (&sum)[4], float (&next)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-    multiply_add(sum, a, b[0], b[1]);
-    multiply_add(next, a, b[2], b[3]);
-}
 
 // The rows of a block and the sweeps that stream keys past them.
 struct Group : RowGroup {

@@ -107,7 +107,10 @@ struct Group : RowGroup {
 
     // ---- products ----
 
-    DEVICE uint32_t stage(const Turn& of) const { return shared_address(shared.stages[0]) + uniform(of.stage) * STAGE_BYTES; }
+    // The compiler has to be told that all lanes are at one stage where votes decide how often the ring turns.
+    DEVICE uint32_t stage(const Turn& of) const {
+        return shared_address(shared.stages[0]) + (LOOPS ? uniform(of.stage) : of.stage) * STAGE_BYTES;
+    }
 
     // Rows in shared memory with the keys of a stage.
     template <bool ADD>
