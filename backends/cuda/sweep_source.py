@@ -18,7 +18,7 @@ from lla_compile.expr import Expr, Kind, fold
 from lla_compile.lowering import lower
 from lla_compile.sweeps import Assign, Loop, P, Stage, Sweep, SweepList, sweep_of
 
-_TEMPLATES = {
+TEMPLATES = {
     "add": "({0} + {1})",
     "sub": "({0} - {1})",
     "mul": "({0} * {1})",
@@ -76,7 +76,7 @@ def print_sweeps(op: str, phase: str) -> Source:
     return Source(headers, fields, program, waiting, rows, loops)
 
 
-class _Lines(list):
+class Lines(list):
     def __init__(self):
         super().__init__()
         self.depth = 0
@@ -101,7 +101,7 @@ class _SweepsPrinter:
 
     def __init__(self, program: SweepList, waiting: tuple[str, ...], waiting_rows: tuple[str, ...]):
         self.program, self.waiting, self.waiting_rows = program, waiting, waiting_rows
-        self.out = _Lines()
+        self.out = Lines()
         self.terms = "TERMS"  # of what is rounded where the printer stands
         self.terms_of: dict[str, str] = {}  # of the rounded vectors as they were last assigned
         self.dots = self.rows = 0
@@ -277,7 +277,7 @@ class _SweepsPrinter:
 
     def copies_text(self) -> str:
         """For threads that only copy: the passes of those that hold rows, in the same order."""
-        out = _Lines()
+        out = Lines()
         out.add(f"// Printed: the copies of {self.program.name}.")
         out.add("#pragma once")
         out.add("")
@@ -374,7 +374,7 @@ class _SweepsPrinter:
                 return f"{name}(n, i)"
             return f"g.{name}" if x.kind is Kind.SCALAR else name
 
-        return fold(value, leaf, lambda x, args: _TEMPLATES[x.op].format(*args))
+        return fold(value, leaf, lambda x, args: TEMPLATES[x.op].format(*args))
 
     def _width(self, name: str) -> str:
         return "BLOCK_DV" if name in self.program.value_wide else "BLOCK_D"
