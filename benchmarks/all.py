@@ -8,6 +8,7 @@ from typing import Sequence
 
 from benchmarks import (
     accuracy,
+    backward_sweeps,
     decode,
     forward,
     gradients,
@@ -22,7 +23,9 @@ from benchmarks import (
 from benchmarks.report import Benchmark, Target, common_parser, environment, print_rows, write_json
 from lla_compile.tuner.outcome import one_line
 
-_MODULES = (forward, training, varlen, decode, parallax, sweeps, accuracy, gradients, solver, memory, overhead)
+_MODULES = (
+    forward, training, varlen, decode, parallax, sweeps, backward_sweeps, accuracy, gradients, solver, memory, overhead
+)  # fmt: skip
 BENCHMARKS = tuple(module.BENCHMARK for module in _MODULES)
 
 

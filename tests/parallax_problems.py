@@ -1,12 +1,15 @@
 """Inputs and float64 references for tests of Parallax and softmax attention."""
 
 from dataclasses import dataclass, replace
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 
 from lla_compile import backends
 from lla_compile.arguments import dtype_name
+from lla_compile.backends import Executable
+from lla_compile.devices import resolve
+from lla_compile.lowering import lower
 from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.reference import parallax_reference, parallax_reference_backward
 from lla_compile.spec import LLASpec
@@ -35,6 +38,11 @@ class ParallaxProblem:
 
     def reference_gradients(self) -> dict[str, torch.Tensor]:
         return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
+
+    def reference_row_dscale(self) -> torch.Tensor:
+        """Of every row: dq = scale sum_j ds_j k_j, and dscale is q times that sum."""
+        q = self.tensors[0].double()
+        return (q * self.reference_gradients()["dq"]).sum(-1) * q.shape[3] ** 0.5
 
     def spec(self, op: str = "parallax", phase: str = "forward") -> LLASpec:
         q, _, _, v = self.tensors
@@ -101,3 +109,24 @@ def run_forward(
 ) -> dict[str, torch.Tensor]:
     """Outputs of the forward pass by name."""
     return bound(problem, backend, device, op, **knobs)(problem.inputs(op, scale), tuple(wanted))
+
+
+@dataclass(frozen=True)
+class BoundBackward:
+    """A backward pass with its inputs: a function of the wanted outputs."""
+
+    executable: Executable
+    inputs: Mapping[str, torch.Tensor | float]
+
+    def __call__(self, *wanted: str) -> dict[str, torch.Tensor]:
+        return dict(self.executable(self.inputs, wanted))
+
+
+def bound_backward(
+    problem: ParallaxProblem, backend: str, device, forward: str = "eager", op: str = "parallax", scale=None, **knobs
+) -> BoundBackward:
+    """The backward pass of one backend after the forward pass of another, with ``knobs`` of the backward pass."""
+    saved = ("out", *lower(op, "backward").given)
+    given = run_forward(problem, saved, forward, resolve("cpu") if forward == "eager" else device, op, scale)
+    inputs = problem.inputs(op, scale) | {name: given[name] for name in saved} | {"grad_out": problem.grad_out}
+    return BoundBackward(bound(problem, backend, device, op, "backward", **knobs), inputs)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
 from benchmarks import (  # noqa: E402
     accuracy,
+    backward_sweeps,
     comparison,
     decode,
     forward,
@@ -249,6 +250,14 @@ def test_accuracy(tmp_path, monkeypatch):
     assert len(rows) == 8
     for row in rows:
         assert row["error"] < (1e-5 if row["precision"] == "accurate" else 2e-2)
+
+
+def test_backward_sweeps(tmp_path):
+    rows = run(backward_sweeps.BENCHMARK, tmp_path)["rows"]
+    assert {row["op"] for row in rows} == {"parallax", "softmax"}
+    for row in rows:
+        assert row["config"]["backend"] == "eager" and "failure" not in row
+        assert all(row[f"{name}_ms"] > 0 and row[f"{name}_tflops"] > 0 for name in ("backward", "grad_q", "grad_kv"))
 
 
 def test_sweeps(tmp_path):

@@ -140,7 +140,7 @@ def test_infeasible_says_why(knobs, part):
 
 
 @pytest.mark.parametrize("fields, part", [
-    (dict(phase="backward"), "not for phase backward"),
+    (dict(phase="backward"), "not of lla"),
     (dict(dtype="float32"), "no float32 kernel"),
     (dict(head_dim=129), "at most 128"),
 ])  # fmt: skip

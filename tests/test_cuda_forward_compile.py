@@ -239,7 +239,7 @@ def test_two_sums_leave_no_registers_for_three_groups_of_wide_heads():
 
 
 @pytest.mark.parametrize("fields, part", [
-    (dict(phase="backward"), "not for phase backward"),
+    (dict(phase="backward"), "not of lla"),
     (dict(dtype="float32"), "no float32 kernel"),
     (dict(head_dim=129), "at most 128"),
     (dict(head_dim_v=129), "at most 128"),

@@ -1,6 +1,7 @@
 """CUDA backend: kernels in CUDA C++, compiled by NVRTC and launched through CuPy, for NVIDIA GPUs.
 
-Both decoding and the forward pass run from compute capability 8.0 on, with wgmma on 9.0.
+Both decoding and the forward pass run from compute capability 8.0 on, with wgmma on 9.0; the backward pass of operators
+that solve nothing on 9.0 alone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,14 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends import Binary
-from lla_compile.backends.cuda import gram_config, gram_kernels, sweep_config, sweep_kernels
+from lla_compile.backends.cuda import (
+    backward_config,
+    backward_kernels,
+    gram_config,
+    gram_kernels,
+    sweep_config,
+    sweep_kernels,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +56,7 @@ class CudaBackend:
         return _choices(spec).default_config(spec, device)
 
     def alternatives(self, spec: LLASpec, device: DeviceInfo) -> tuple[KernelConfig, ...]:
-        """The other instruction path's default, where the device has two; for the forward pass, other tiles."""
+        """The other instruction path's default, where the device has two; otherwise other tiles."""
         return _choices(spec).alternatives(spec, device)
 
     def search_space(self, spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
@@ -58,13 +66,17 @@ class CudaBackend:
         return _choices(spec).infeasible(spec, config, device)
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
-        return (
-            _gram_source_hash() if spec.phase == "decode" else _sweep_source_hash(spec.op, spec.phase, config.schedule)
-        )
+        if spec.phase == "decode":
+            return _gram_source_hash()
+        if spec.phase == "backward":
+            return _backward_source_hash(spec.op)
+        return _sweep_source_hash(spec.op, spec.phase, config.schedule)
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         if spec.phase == "decode":
             from lla_compile.backends.cuda.gram_launcher import precompile_gram as precompile
+        elif spec.phase == "backward":
+            from lla_compile.backends.cuda.backward_launcher import precompile_backward as precompile
         else:
             from lla_compile.backends.cuda.sweep_launcher import precompile_sweeps as precompile
         precompile(spec, config, device)
@@ -93,6 +105,8 @@ class CudaBackend:
         """
         if spec.phase == "decode":
             from lla_compile.backends.cuda.gram_launcher import build_gram as build
+        elif spec.phase == "backward":
+            from lla_compile.backends.cuda.backward_launcher import build_backward as build
         else:
             from lla_compile.backends.cuda.sweep_launcher import build_sweeps as build
         return build(spec, config, device, folder)
@@ -100,6 +114,8 @@ class CudaBackend:
     def bind(self, plan: Plan) -> Executable:
         if plan.spec.phase == "decode":
             from lla_compile.backends.cuda.gram_launcher import GramLauncher as Bound
+        elif plan.spec.phase == "backward":
+            from lla_compile.backends.cuda.backward_launcher import BackwardLauncher as Bound
         else:
             from lla_compile.backends.cuda.sweep_launcher import SweepLauncher as Bound
         return Bound(plan)
@@ -107,11 +123,11 @@ class CudaBackend:
 
 def _choices(spec: LLASpec):
     """Where the limits, the default and the search space of a phase are."""
-    return gram_config if spec.phase == "decode" else sweep_config
+    return {"decode": gram_config, "backward": backward_config}.get(spec.phase, sweep_config)
 
 
 def _kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[gram_kernels.Kernel, ...]:
-    kernels = gram_kernels if spec.phase == "decode" else sweep_kernels
+    kernels = {"decode": gram_kernels, "backward": backward_kernels}.get(spec.phase, sweep_kernels)
     return kernels.kernels(spec, config, device)
 
 
@@ -137,6 +153,22 @@ def _sweep_source_hash(op: str, phase: str, schedule: str) -> str:
     sources = ("sweeps_mma.cu", "sweeps_wgmma.cu", "tile_order.cu")
     python_files = ("sweep_kernels.py", "sweep_launcher.py")
     return source_hash(sources, python_files, printed)
+
+
+@lru_cache(maxsize=None)
+def _backward_source_hash(op: str) -> str:
+    """Of the kernels of a backward pass, all that is printed for all of its outputs among them."""
+    from lla_compile.backends.cuda.backward_source import print_backward
+    from lla_compile.backends.cuda.compiler import source_hash
+    from lla_compile.lowering import lower
+
+    source = print_backward(op, tuple(lower(op, "backward").outputs))
+    printed = dict(source.headers)
+    for sweep in source.sweeps:
+        for name, text in sweep.headers.items():
+            printed[name] = text if name in source.headers else printed.get(name, "") + text
+    python_files = ("backward_kernels.py", "backward_launcher.py")
+    return source_hash(("backward_rows.cu", "backward_sweep.cu"), python_files, printed)
 
 
 BACKEND = CudaBackend()

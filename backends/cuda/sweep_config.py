@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from lla_compile.spec import LLASpec
 
 CG_MAX_ITERS = 32
-_PHASES = ("forward",)
 _SCHEDULES = ("fused", "split")
 _DTYPES = ("float16", "bfloat16")
 _MAX_WIDTH = 128  # wider sums and scores do not fit in registers together
@@ -21,8 +20,6 @@ _MAX_WIDTH = 128  # wider sums and scores do not fit in registers together
 
 def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
     """Why no configuration can run the spec on the device, or None."""
-    if spec.phase not in _PHASES:
-        return f"it has kernels for decoding and the forward pass, not for phase {spec.phase}"
     if spec.dtype not in _DTYPES:
         return f"it has no {spec.dtype} kernel for the forward pass"
     widest = max(spec.head_dim, spec.head_dim_v)

@@ -14,7 +14,7 @@ from lla_compile.backends.cuda.sweep_waiting import made_early
 from lla_compile.expr import Expr, Kind, fold
 from lla_compile.sweeps import Assign, Loop, P, Stage, Sweep, SweepList, sweep_of
 
-_TEMPLATES = {
+TEMPLATES = {
     "add": "({0} + {1})",
     "sub": "({0} - {1})",
     "mul": "({0} * {1})",
@@ -31,7 +31,7 @@ _ROW_INDEX = {Kind.ROW: "[r]", Kind.VECTOR: "[i / 2]", Kind.TILE: "[r]"}
 _LOOP_BIT = "(({0}[0] > 0 || {0}[1] > 0) << {1})"
 
 
-class _Lines(list):
+class Lines(list):
     def __init__(self):
         super().__init__()
         self.depth = 0
@@ -72,7 +72,7 @@ class SweepsPrinter:
         groups: tuple[tuple[Stage, ...], ...],
     ):
         self.program, self.waiting, self.waiting_rows, self.groups = program, waiting, waiting_rows, groups
-        self.out = _Lines()
+        self.out = Lines()
         self.terms = "TERMS"  # of what is rounded where the printer stands
         self.terms_of: dict[str, str] = {}  # of the rounded vectors as they were last assigned
         self.dots = self.rows = 0
@@ -268,7 +268,7 @@ class SweepsPrinter:
 
     def _copies_text(self) -> str:
         """For threads that only copy: the passes of those that hold rows, in the same order."""
-        out = _Lines()
+        out = Lines()
         out.add(f"// Printed: the copies of {self.program.name}.")
         out.add("#pragma once")
         out.add("")
@@ -364,7 +364,7 @@ class SweepsPrinter:
                 return f"{name}(n, i)"
             return f"g.{name}" if x.kind is Kind.SCALAR else name
 
-        return fold(value, leaf, lambda x, args: _TEMPLATES[x.op].format(*args))
+        return fold(value, leaf, lambda x, args: TEMPLATES[x.op].format(*args))
 
     def _width(self, name: str) -> str:
         return "BLOCK_DV" if name in self.program.value_wide else "BLOCK_D"

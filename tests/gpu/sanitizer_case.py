@@ -9,9 +9,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from decode_problems import STREAM  # noqa: E402
 from on_gpu import forward, gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients  # noqa: E402
-from parallax_problems import make_parallax_problem, run_forward  # noqa: E402
+from parallax_problems import bound_backward, make_parallax_problem, run_forward  # noqa: E402
 from problems import assert_close, make_grad_out  # noqa: E402
 
+from lla_compile import backends  # noqa: E402
 from lla_compile.autograd import trained  # noqa: E402
 from lla_compile.backends.cuda import runtime  # noqa: E402
 from lla_compile.devices import identify  # noqa: E402
@@ -51,6 +52,9 @@ for fields in CASES:
     for backend in BACKENDS:
         got = run_forward(p, trained("parallax"), backend, identify("cuda"))
         assert_close(got["out"], p.reference(), 2.5e-3)
+        if not backends.get(backend).unsupported(p.spec("parallax", "backward"), identify("cuda")):
+            found = bound_backward(p, backend, identify("cuda"), backend)("dq", "dr", "dk", "dv", "dscale")
+            assert all(x.isfinite().all() for x in found.values())
 for fields in DECODE_CASES:
     p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
     for backend in BACKENDS:

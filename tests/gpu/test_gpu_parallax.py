@@ -7,7 +7,15 @@ from functools import partial
 import pytest
 import torch
 from on_gpu import poison_free_memory
-from parallax_problems import GRADIENTS, SHAPES, gradients, grown, make_parallax_problem, run_forward
+from parallax_problems import (
+    GRADIENTS,
+    SHAPES,
+    bound_backward,
+    gradients,
+    grown,
+    make_parallax_problem,
+    run_forward,
+)
 from problems import assert_close, assert_gradients_close, relative_error
 
 from lla_compile import (
@@ -26,7 +34,7 @@ from lla_compile.devices import identify
 from lla_compile.reference import parallax_reference
 
 OUT_LIMIT, GRADIENT_LIMIT = 2.5e-3, 5e-3
-FORWARD = pytest.mark.parametrize("backend", ["triton", "cuda"])
+BACKENDS = pytest.mark.parametrize("backend", ["triton", "cuda"])
 LARGER = [
     dict(seqlen_q=1000, heads=6, kv_heads=2, head_dim=96),
     dict(seqlen_q=1024, heads=4, head_dim=128),
@@ -46,10 +54,19 @@ def attend(*tensors, backend="triton", **options):
 
 
 def attend_on(backend, p):
-    """:func:`attend` with the forward pass of a backend, where it takes the problem; the backward pass is Triton's."""
+    """:func:`attend` with the passes of a backend, where it takes the forward pass; it may leave the backward pass to
+    another."""
     if why := backends.get(backend).unsupported(p.spec(), identify("cuda")):
         pytest.skip(f"{backend}: {why}")
     return partial(attend, backend=backend)
+
+
+def gradients_of(backend, p, op="parallax", names=GRADIENTS):
+    """After Triton's forward pass; a test of what the backend does not take is skipped with its reason."""
+    device = identify("cuda")
+    if reason := backends.get(backend).unsupported(p.spec(op, "backward"), device):
+        pytest.skip(f"{backend}: {reason}")
+    return bound_backward(p, backend, device, "triton", op)(*names)
 
 
 def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_dim=128, window=None):
@@ -67,7 +84,7 @@ def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_
     return (q, r, k, v), torch.tensor(lengths, dtype=torch.int32, device="cuda"), expected
 
 
-@FORWARD
+@BACKENDS
 @pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
 def test_values_and_gradients(fields, backend):
     p = problem(**fields)
@@ -79,7 +96,56 @@ def test_values_and_gradients(fields, backend):
     assert_gradients_close(gradients(p, attend), expected, GRADIENT_LIMIT)
 
 
-@FORWARD
+@BACKENDS
+@pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
+def test_gradients_after_another_forward_pass(fields, backend):
+    p = problem(**fields)
+    poison_free_memory()
+    expected = p.reference_gradients()
+    del expected["dscale"]
+    assert_gradients_close(gradients_of(backend, p), expected, GRADIENT_LIMIT)
+
+
+@BACKENDS
+def test_gradient_of_the_scale(backend):
+    p = problem(seqlen_q=300, head_dim=64)
+    got = gradients_of(backend, p, names=("dscale",))["dscale"]
+    assert relative_error(got, p.reference_row_dscale()) <= GRADIENT_LIMIT
+
+
+@BACKENDS
+@pytest.mark.parametrize("wanted", [("dv",), ("dk",), ("dq", "dv"), ("dr", "dk")], ids=str)
+def test_some_gradients(wanted, backend):
+    p = problem(seqlen_q=300, head_dim=64)
+    together, alone = gradients_of(backend, p), gradients_of(backend, p, names=wanted)
+    assert all(torch.equal(alone[name], together[name]) for name in wanted)
+
+
+@BACKENDS
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_softmax_attention(head_dim, backend):
+    p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
+    q, _, k, v = (x.double().requires_grad_() for x in p.tensors)
+    out = parallax_reference(q, None, k, v)
+    expected = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), p.grad_out.double())))
+    assert_gradients_close(gradients_of(backend, p, "softmax", tuple(expected)), expected, GRADIENT_LIMIT)
+
+
+@BACKENDS
+@pytest.mark.parametrize("op", ["parallax", "softmax"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_every_tile_of_the_backward_pass(head_dim, op, backend):
+    p, device = problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
+    names = GRADIENTS if op == "parallax" else ("dq", "dk", "dv")
+    expected, spec = gradients_of(backend, p, op, names), p.spec(op, "backward")
+    for config in backends.get(backend).alternatives(spec, device):
+        knobs = {name: value for name, value in config.as_dict().items() if name != "backend"}
+        got = bound_backward(p, backend, device, "triton", op, **knobs)(*names)
+        for name in names:
+            assert relative_error(got[name], expected[name].double()) < GRADIENT_LIMIT, (name, config.describe())
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.float32, 1e-5)], ids=str)
 def test_other_types(dtype, limit, backend):
     p = problem(seqlen_q=500, head_dim=64, dtype=dtype)
@@ -90,7 +156,7 @@ def test_other_types(dtype, limit, backend):
     assert_gradients_close(gradients(p, attend), expected, 5 * limit)
 
 
-@FORWARD
+@BACKENDS
 @pytest.mark.parametrize("fields", [dict(offset=20.0), dict(offset=2.0, growth=8.0)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_offsets_and_growth_of_the_keys_cost_no_digits(head_dim, fields, backend):
@@ -98,7 +164,7 @@ def test_offsets_and_growth_of_the_keys_cost_no_digits(head_dim, fields, backend
     assert_close(attend_on(backend, p)(*p.tensors), p.reference(), OUT_LIMIT)
 
 
-@FORWARD
+@BACKENDS
 @pytest.mark.parametrize("op", ["parallax", "softmax"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_tile_and_what_it_saves(head_dim, op, backend):
@@ -114,7 +180,7 @@ def test_every_tile_and_what_it_saves(head_dim, op, backend):
             assert relative_error(got[name], expected[name]) < OUT_LIMIT, (name, config.describe())
 
 
-@FORWARD
+@BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_results_are_the_same_bit_for_bit(head_dim, backend):
     p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
@@ -123,7 +189,7 @@ def test_results_are_the_same_bit_for_bit(head_dim, backend):
     assert all(torch.equal(first[name], second[name]) for name in (*GRADIENTS, "out"))
 
 
-@FORWARD
+@BACKENDS
 def test_a_probe_of_zero_is_softmax_attention(backend):
     p = problem(seqlen_q=500, head_dim=64, probe=0.0)
     attend = attend_on(backend, p)
@@ -199,7 +265,7 @@ def test_decoding_in_a_cuda_graph_allocates_nothing_and_follows_the_lengths():
         assert_close(out, parallax_reference(row, probe, k[:, :, :length], v[:, :, :length]), OUT_LIMIT)
 
 
-@FORWARD
+@BACKENDS
 def test_training_in_a_cuda_graph(backend):
     p = problem(seqlen_q=300, head_dim=64)
     leaves, attend = p.leaves(), attend_on(backend, p)
@@ -219,7 +285,7 @@ def test_training_in_a_cuda_graph(backend):
     assert all(torch.equal(x, y) for x, y in zip(captured, step()))
 
 
-@FORWARD
+@BACKENDS
 def test_compiled_code(backend):
     p = problem(seqlen_q=200, head_dim=64)
     attend = attend_on(backend, p)
@@ -233,7 +299,7 @@ def test_compiled_code(backend):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="flash-linear-attention is not installed")
-@FORWARD
+@BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim, backend):
     """A few per cent are the luck of the rounding."""

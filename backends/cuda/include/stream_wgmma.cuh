@@ -4,7 +4,7 @@
 // ring of stages, as far ahead as the ring is long. Products run on their own: while those of a tile's weights run, the
 // scores of the next tile become weights.
 #pragma once
-#include <ptx_sm90.cuh>
+#include <products_sm90.cuh>
 #include <row_group.cuh>
 #include <weights.cuh>
 
@@ -15,15 +15,6 @@ constexpr int ROW_REGISTERS = ROW_GROUPS == 3 ? 160 : BLOCKS == 2 ? 232 : 240;
 
 struct Shared : SharedRows {
     uint64_t full[STAGES], empty[STAGES];
-};
-
-// Which stage the next tile has, and how often the stages have been gone through.
-struct Turn {
-    int stage = 0, parity = 0;
-
-    DEVICE void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
-    }
 };
 
 // ---- the warps that copy ----
@@ -71,37 +62,10 @@ struct Copier {
 
 // ---- the warps that hold rows ----
 
-template <int COUNT>
-DEVICE void hold_all(float (&x)[COUNT][4]) {
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) hold(x[n][i]);
-    }
-}
-
-template <int COUNT>
-DEVICE void hold_all(uint32_t (&x)[COUNT][4]) {
-#pragma unroll
-    for (int n = 0; n < COUNT; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) hold(x[n][i]);
-    }
-}
-
 template <int T>
 DEVICE void hold_weights(Weights<T>& weights) {
 #pragma unroll
     for (int t = 0; t < T; ++t) hold_all(weights.of[t]);
-}
-
-// Rows that lie as tiles do in panels of 64 columns, as an operand of products with other rows; of it, the 16 columns of
-// a step are so much further.
-DEVICE uint64_t describe_rows(uint32_t tile) { return describe_operand(tile, 128, 0); }
-DEVICE uint32_t columns_of_step(int step, int panel_bytes) { return step / 4 * (panel_bytes >> 4) + step % 4 * 2; }
-// A descriptor of what lies so many units of 16 bytes behind; addresses do not carry into its other fields.
-DEVICE uint64_t further(uint64_t descriptor, uint32_t units) {
-    return descriptor & 0xffffffff00000000ull | uint32_t(uint32_t(descriptor) + units);
 }
 
 // 64 rows of a block and the sweeps that stream keys past them.

@@ -1,0 +1,113 @@
+"""A plan of a backward pass bound to its kernels: what a call passes to them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Callable
+
+import torch
+
+from lla_compile.backends.cuda import backward_kernels, compiler, runtime
+from lla_compile.backends.cuda.backward_source import print_backward
+from lla_compile.backends.scalars import scalars_of
+from lla_compile.lowering import lower
+from lla_compile.storage import layout
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lla_compile.devices import DeviceInfo
+    from lla_compile.plans import KernelConfig, Plan
+    from lla_compile.spec import LLASpec
+
+_ALIGNMENT = 16  # bytes; of whatever is copied asynchronously
+# Heads run in groups whose streamed operands take at most this share of the L2, see the Triton backend's launcher.
+_L2_SHARE = 0.2
+
+
+def precompile_backward(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
+    """Compile what ordinary calls with aligned tensors need."""
+    for kernel in backward_kernels.kernels(spec, config, device):
+        defines = kernel.defines | {"ALIGNED": "1"}
+        compiler.compile_kernel(kernel.source, defines, device.compute_capability, kernel.printed)
+
+
+def build_backward(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:
+    """Compile what calls for all gradients need into ``folder``, with that of the scale and without; returns the files."""
+    program = lower(spec.op, "backward")
+    found = {}
+    for wanted in (program.ordinary, tuple(program.outputs)):
+        for kernel in backward_kernels.kernels(spec, config, device, wanted):
+            for aligned in ("1", "0"):
+                path = compiler.build_kernel(
+                    kernel.source, kernel.defines | {"ALIGNED": aligned}, device.compute_capability, folder,
+                    kernel.printed,
+                )  # fmt: skip
+                found[path] = None
+    return list(found)
+
+
+class BackwardLauncher:
+    """Executable of a `fused` plan; see :class:`lla_compile.backends.Executable`."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        spec = plan.spec
+        source = print_backward(spec.op)
+        self._program, self._arguments, self._numbers = (source.program, source.arguments, len(source.numbers))
+        self._element_alignment = _ALIGNMENT // getattr(torch, spec.dtype).itemsize
+        self._table_rows = backward_kernels.table_rows(spec)
+        heads = spec.batch * spec.num_heads
+        self._counts = (
+            heads, spec.num_heads, spec.group_size, *_heads_together(spec, plan.device), spec.seqlen_q, spec.seqlen_k,
+            spec.window_size or 0, self._table_rows,
+        )  # fmt: skip
+        self._bound: dict[tuple, list[Callable]] = {}
+
+    def __call__(self, inputs, wanted):
+        spec, program = self._plan.spec, self._program
+        q, k, v = (inputs[name] for name in "qkv")
+        _, _, _, scale_tensor, scale = scalars_of(inputs)
+        made = {name: layout(program, name, q, k, v, spec.precision, packed=False).empty(q) for name in wanted}
+        table = q.new_empty((q.shape[0] * q.shape[1] * self._table_rows * self._numbers,), dtype=torch.float32)
+        read = [inputs[name] for name in (*program.row_inputs, *program.col_inputs)]
+        strides = [stride for x in read for stride in x.stride()[:3]]
+        aligned = not any(x.data_ptr() % _ALIGNMENT for x in read) and not any(
+            stride % self._element_alignment for stride in strides
+        )
+        for name, stored in program.outputs.items():
+            if stored == "input":
+                strides += made[name].stride()[:3] if name in made else (0, 0, 0)
+        pointers = [x.data_ptr() for x in (*read, *(inputs[name] for name in program.given))]
+        pointers += [made[name].data_ptr() if name in made else 0 for name in program.outputs]
+        pointers += [table.data_ptr(), 0 if scale_tensor is None else scale_tensor.data_ptr()]
+        packed = self._arguments.pack(*pointers, *strides, scale, *self._counts)
+        launches = self._bound.get((wanted, aligned, q.device))
+        if launches is None:
+            launches = self._bound[wanted, aligned, q.device] = self._bind(wanted, aligned)
+        runtime.launch(launches, packed, q.device)
+        return made
+
+    def _bind(self, wanted: tuple[str, ...], aligned: bool) -> list[Callable]:
+        """The kernels as the runtime launches them; one without rows or keys to hold is left out."""
+        spec, config, device = self._plan.spec, self._plan.config, self._plan.device
+        return [
+            runtime.load(kernel, kernel.defines | {"ALIGNED": str(int(aligned))}, device.compute_capability)
+            for kernel in backward_kernels.kernels(spec, config, device, wanted)
+            if kernel.grid[0]
+        ]
+
+
+def _heads_together(spec: LLASpec, device: DeviceInfo) -> tuple[int, int]:
+    """Heads that run together, in groups of about equal size: of queries, whose groups stream the same keys, and of
+    keys."""
+    item = getattr(torch, spec.dtype).itemsize
+    heads = spec.batch * spec.num_heads
+    keys = spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * item
+    rows = spec.seqlen_q * (2 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
+
+    def together(heads: int, bytes_per_head: int, sharing: int) -> int:
+        fitting = max(2, int(device.l2_bytes * _L2_SHARE) // max(1, bytes_per_head))
+        groups = max(1, -(-heads // (fitting * sharing)))
+        return max(1, -(-heads // groups))
+
+    return together(heads, keys, spec.group_size), together(heads // spec.group_size, rows, 1)
