@@ -55,6 +55,12 @@ PACKED = [
     ("a100", 128, "accurate", dict(lengths_q=[0, 70, 0], lengths_k=[0, 99, 3], is_causal=False)),
     ("a100", 128, "fast", dict(lengths_q=[33, 40], lengths_k=[90, 40], window_size=17)),
 ]
+# What crosses launches: in registers, in shared memory; odd widths, rows without keys, tiles without rows.
+SPLIT = [
+    ("h200", 128, "accurate", dict(window_size=40, seqlen_q=150, seqlen_k=120, heads=2, kv_heads=1)),
+    ("a100", 128, "accurate", dict(head_dim=33, head_dim_v=8, lengths_q=[70, 0, 33], lengths_k=[30, 5, 50])),
+    ("a100", 64, "fast", dict(head_dim=16, seqlen_q=90, seqlen_k=60, dtype=torch.float16)),
+]
 NARROW = [
     dict(head_dim=1, head_dim_v=3),
     dict(head_dim=8, head_dim_v=24),
@@ -142,6 +148,34 @@ def work_of(p, block, sequence, tile):
     if not p.is_causal:
         return keys
     return max(0, keys + min(0, (tile + 1) * block - queries)) if tile else float("inf")
+
+
+@pytest.mark.parametrize("gpu, block_q, precision, fields", SPLIT, ids=str)
+def test_split_is_fused_in_several_launches(emulated, gpu, block_q, precision, fields):  # noqa: F811
+    """What crosses a launch crosses exactly, asked for or not, so that schedules differ in nothing but time."""
+    p = (packed_problem if "lengths_q" in fields else problem)(**fields)
+    plans = {
+        schedule: make_plan(
+            p, "cuda", precision, resolve(gpu), schedule=schedule, **TILES[gpu, block_q], cg_max_iters=7
+        )
+        for schedule in ("fused", "split")
+    }
+    wanted = ("out", *INFO, *SAVED)
+    expected = SweepLauncher(plans["fused"])(p.inputs(), wanted)
+    assert expected["iterations"].unique().numel() > 3
+    split = SweepLauncher(plans["split"])
+    for names, backwards in ((wanted, False), (("out",), True), (("lse", "final_residual"), False)):
+        emulated["backwards"] = backwards
+        found = split(p.inputs(), names)
+        assert found.keys() == set(names)
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+    [launches] = split._bound.values()
+    stats, *turns, output = launches[p.cu_seqlens_q is not None :]
+    assert turns == 7 * turns[:1]
+    for kernel in (stats, turns[0], output):
+        assert kernel.library.shared_size() == kernel.kernel.shared
+        assert kernel.library.arguments_size() == split._arguments.size
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -31,11 +31,12 @@ class Case:
     head_dim_v: int | None = None
     num_sequences: int | None = None
     op: str = "lla"
+    schedule: str = "fused"
 
     def __str__(self) -> str:
         parts = (
             self.op, self.gpu, self.head_dim, self.head_dim_v, self.precision, self.tile, self.dtype, self.window_size,
-            self.num_sequences,
+            self.num_sequences, self.schedule,
         )  # fmt: skip
         return "-".join(str(part) for part in parts if part)
 
@@ -52,7 +53,7 @@ class Case:
 
     @property
     def config(self) -> KernelConfig:
-        default = BACKEND.default_config(self.spec, self.device)
+        default = replace(BACKEND.default_config(self.spec, self.device), schedule=self.schedule)
         if self.tile is None:
             return default
         block_q, block_k, num_stages = self.tile
@@ -63,7 +64,15 @@ class Case:
 
     @property
     def kernel(self):
-        return sweep_kernels.kernel(self.spec, self.config, self.device)
+        """The one that takes most registers: in `split` the turn of the loops."""
+        return sweep_kernels.kernels(self.spec, self.config, self.device)[self.schedule == "split"]
+
+    @property
+    def loops(self) -> int:
+        """Over keys: one a sweep, and in a tier of two terms one more for turns in one term."""
+        if not self.spec.solves:
+            return 1
+        return (1 if self.schedule == "split" else 3) + (self.precision == "accurate")
 
 
 CASES = [
@@ -98,6 +107,11 @@ CASES = [
     Case("b200", 128, op="parallax"),
     Case("rtx5090", 128, op="parallax"),
     Case("h200", 128, op="softmax"),
+    Case("h200", 128, schedule="split"),
+    Case("h200", 128, "accurate", schedule="split"),
+    Case("h200", 64, schedule="split"),
+    Case("h200", 64, "accurate", schedule="split"),
+    Case("a100", 64, schedule="split"),
 ]
 # Waits for products in a loop: for each score, for the sums, and where maxima move for the sums at once.
 WAITS = {"lla": 3, "parallax": 4, "softmax": 2}
@@ -152,7 +166,7 @@ def test_tensor_cores(case, compiled):
     products = "HGMMA" if wgmma else "HMMA"
     assert bool(cubin.count("HGMMA")) == wgmma and cubin.count("LDGSTS")
     loops = [loop for loop in cubin.loops if loop[products]]
-    assert len(loops) == ((3 if case.precision == "fast" else 4) if case.spec.solves else 1)
+    assert len(loops) == case.loops
     if wgmma:
         addresses = [address for address, name, _ in cubin.instructions if name.startswith("WARPGROUP.DEPBAR")]
         for loop in loops:
@@ -169,6 +183,21 @@ def test_packed_sequences_start_another_kernel_first(case):
     binary = compiler.compile_kernel(order.source, order.defines, case.device.compute_capability, order.printed)
     cubin = Cubin(order.name, order.threads // 32, order.shared, binary)
     assert cubin.stack == 0 and cubin.registers <= 64
+
+
+@NEEDS_NVRTC
+@NEEDS_CUOBJDUMP
+def test_kernels_of_a_split_schedule():
+    """Nothing of them lives in local memory; the turn of the loops is launched as often as they can turn."""
+    case = Case("h200", 64, schedule="split")
+    binaries = BACKEND.binaries(case.spec, case.config, case.device)
+    assert [Cubin(*binary).stack for binary in binaries] == [0, 0, 0] and len(set(binaries)) == 3
+    case = replace(case, num_sequences=20)
+    stats, turn, output = sweep_kernels.kernels(case.spec, case.config, case.device)
+    order, *launches = sweep_kernels.launches(case.spec, case.config, case.device, turns=5)
+    assert order.name == "tile_order" and launches == [stats, *5 * [turn], output]
+    hashes = {BACKEND.source_hash(case.spec, replace(case.config, schedule=name)) for name in ("fused", "split")}
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.id)
@@ -189,7 +218,7 @@ def test_heuristic_default_and_alternatives_are_feasible(device, precision, head
     ("h200", "fast", dict(num_warps=8), "128 queries take 12 warps"),
     ("h200", "fast", dict(block_q=192, num_warps=16), "registers > 160"),
     ("h200", "fast", dict(block_k=48), "(32, 64, 96) keys, got 128 and 48"),
-    ("h200", "fast", dict(schedule="split"), "schedule fused"),
+    ("h200", "fast", dict(schedule="gram"), "schedules fused and split, got gram"),
     ("a100", "fast", dict(num_warps=8), "64 queries take 4 warps"),
     ("a100", "fast", dict(num_stages=1), "num_stages must be at least 2"),
     ("l4", "accurate", dict(block_q=128, num_warps=8, num_stages=2), "shared memory"),
@@ -197,6 +226,12 @@ def test_heuristic_default_and_alternatives_are_feasible(device, precision, head
 def test_infeasible_says_why(gpu, precision, knobs, part, op="lla"):
     case = Case(gpu, 128, precision, op=op)
     assert part in BACKEND.infeasible(case.spec, replace(case.config, **knobs), case.device)
+
+
+@pytest.mark.parametrize("op", ["parallax", "softmax"])
+def test_what_solves_nothing_has_one_launch(op):
+    test_infeasible_says_why("h200", "fast", dict(schedule="split"), f"{op} solves nothing", op)
+    assert BACKEND.search_space(Case("h200", 64, op=op).spec, resolve("h200"))["schedule"] == ("fused",)
 
 
 def test_two_sums_leave_no_registers_for_three_groups_of_wide_heads():

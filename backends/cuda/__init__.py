@@ -68,7 +68,9 @@ class CudaBackend:
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
         if spec.phase == "decode":
             return _gram_source_hash()
-        return _backward_source_hash(spec.op) if spec.phase == "backward" else _sweep_source_hash(spec.op, spec.phase)
+        if spec.phase == "backward":
+            return _backward_source_hash(spec.op)
+        return _sweep_source_hash(spec.op, spec.phase, config.schedule)
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
         if spec.phase == "decode":
@@ -125,11 +127,8 @@ def _choices(spec: LLASpec):
 
 
 def _kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[gram_kernels.Kernel, ...]:
-    if spec.phase == "decode":
-        return gram_kernels.kernels(spec, config, device)
-    if spec.phase == "backward":
-        return backward_kernels.kernels(spec, config, device)
-    return (sweep_kernels.kernel(spec, config, device),)
+    kernels = {"decode": gram_kernels, "backward": backward_kernels}.get(spec.phase, sweep_kernels)
+    return kernels.kernels(spec, config, device)
 
 
 @lru_cache(maxsize=None)
@@ -144,14 +143,16 @@ def _gram_source_hash() -> str:
 
 
 @lru_cache(maxsize=None)
-def _sweep_source_hash(op: str, phase: str) -> str:
+def _sweep_source_hash(op: str, phase: str, schedule: str) -> str:
     """Of the kernels of sweeps that hold query rows, what is printed among them."""
     from lla_compile.backends.cuda.compiler import source_hash
-    from lla_compile.backends.cuda.sweep_source import print_sweeps
+    from lla_compile.backends.cuda.sweep_parts import print_sweeps
 
+    headers = [part.headers for part in print_sweeps(op, phase, schedule).parts]
+    printed = {name: "".join(texts[name] for texts in headers) for name in headers[0]}
     sources = ("sweeps_mma.cu", "sweeps_wgmma.cu", "tile_order.cu")
     python_files = ("sweep_kernels.py", "sweep_launcher.py")
-    return source_hash(sources, python_files, print_sweeps(op, phase).headers)
+    return source_hash(sources, python_files, printed)
 
 
 @lru_cache(maxsize=None)

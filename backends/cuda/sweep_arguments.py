@@ -18,9 +18,13 @@ class Field:
     format: str
 
 
-def argument_fields(program: SweepList, waiting: tuple[str, ...]) -> tuple[Field, ...]:
-    """The members: inputs, outputs, vectors that wait and are no outputs, then strides, numbers and counts, and where
-    packed sequences end and which tile runs when."""
+# In which of the loops each group of rows is, where launches are their turns; follows the other members.
+LOOP_FIELD = Field("loop_of_group", "int32_t* loop_of_group", "Q")
+
+
+def argument_fields(program: SweepList, state: tuple[str, ...]) -> tuple[Field, ...]:
+    """The members: inputs, outputs, state that is no output, then strides, numbers and counts, and where packed
+    sequences end and which tile runs when."""
 
     def pointer(name: str, of: str) -> Field:
         return Field(name, f"{of}* {name}", "Q")
@@ -29,7 +33,8 @@ def argument_fields(program: SweepList, waiting: tuple[str, ...]) -> tuple[Field
     fields = [pointer(name, "const uint16_t") for name in inputs]
     for name, stored in program.outputs.items():
         fields.append(pointer(name, "uint16_t" if name in program.rounded else _POINTERS[stored]))
-    fields += [pointer(name, "float") for name in waiting if name not in program.outputs]
+    own = (name for name in state if name not in program.outputs)
+    fields += [pointer(name, "uint16_t" if name in program.rounded else "float") for name in own]
     fields += [pointer(f"{name}_pointer", "const float") for name in ("scale", *program.row_scalars)]
     results = [name for name, stored in program.outputs.items() if stored == "input"]
     strided = (*inputs, *results, *program.row_scalars)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lla_compile.spec import LLASpec
 
 CG_MAX_ITERS = 32
+_SCHEDULES = ("fused", "split")
 _DTYPES = ("float16", "bfloat16")
 _MAX_WIDTH = 128  # wider sums and scores do not fit in registers together
 
@@ -65,7 +66,7 @@ def search_space(spec: LLASpec, device: DeviceInfo) -> Mapping[str, tuple]:
     path = sweep_kernels.path(spec, device)
     warps = (_config(spec, path, block_q, path.block_k[0], path.stages[0]).num_warps for block_q in path.block_q)
     return {
-        "schedule": ("fused",),
+        "schedule": _SCHEDULES if spec.solves else _SCHEDULES[:1],
         "block_q": path.block_q,
         "block_k": path.block_k,
         "num_warps": tuple(warps),
@@ -78,8 +79,10 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     """The limit that ``config`` breaks on ``device``, in words, or None."""
     if why := unsupported(spec, device):
         return why
-    if config.schedule != "fused":
-        return f"the forward pass has schedule fused, got {config.schedule}"
+    if config.schedule not in _SCHEDULES:
+        return f"the forward pass has schedules {' and '.join(_SCHEDULES)}, got {config.schedule}"
+    if config.schedule == "split" and not spec.solves:
+        return f"{spec.op} solves nothing: its forward pass is one sweep, schedule fused, got {config.schedule}"
     path = sweep_kernels.path(spec, device)
     if config.block_q not in path.block_q or config.block_k not in path.block_k:
         return f"a tile has {path.block_q} queries and {path.block_k} keys, got {config.block_q} and {config.block_k}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lla_compile.backends.cuda.gram_kernels import Kernel
-from lla_compile.backends.cuda.sweep_source import print_sweeps
+from lla_compile.backends.cuda.sweep_parts import print_sweeps
 from lla_compile.backends.tiles import padded_width
 from lla_compile.precision import weight_shift
 
@@ -127,7 +127,9 @@ def blocks_per_sm(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> in
 
 def parked(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[int, int]:
     """How many of the vectors, and then of the numbers of rows, that wait between sweeps find room in shared memory;
-    other vectors wait in the L2 cache, other numbers in registers."""
+    other vectors wait in the L2 cache, other numbers in registers. Between launches both are in memory."""
+    if config.schedule == "split":
+        return 0, 0
     source = print_sweeps(spec.op, spec.phase)
     two = blocks_per_sm(spec, config, device) == 2
     room = _share_of_two(device) if two else device.shared_memory_per_block
@@ -165,18 +167,29 @@ def max_tiles(spec: LLASpec, config: KernelConfig) -> int:
     return spec.seqlen_q // config.block_q + spec.num_sequences
 
 
-def launches(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Kernel, ...]:
-    """What a call starts: the kernel of the sweeps, after the one that orders the tiles of packed sequences."""
-    sweeps = kernel(spec, config, device)
+def launches(spec: LLASpec, config: KernelConfig, device: DeviceInfo, turns: int = 1) -> tuple[Kernel, ...]:
+    """What a call starts: the kernels of the sweeps, after the one that orders the tiles of packed sequences.
+
+    A kernel that does one turn of loops is there ``turns`` times.
+    """
+    parts = print_sweeps(spec.op, spec.phase, config.schedule).parts
+    own = kernels(spec, config, device)
+    sweeps = tuple(kernel for part, kernel in zip(parts, own) for _ in range(turns if part.repeats else 1))
     if spec.num_sequences is None:
-        return (sweeps,)
-    defines = {name: sweeps.defines[name] for name in ("BLOCK_Q", "CAUSAL")}
+        return sweeps
+    defines = {name: own[0].defines[name] for name in ("BLOCK_Q", "CAUSAL")}
     blocks = -(-max_tiles(spec, config) // _ORDER_THREADS)
-    return Kernel("tile_order", "tile_order.cu", (blocks, 1), _ORDER_THREADS, 0, defines, sweeps.printed), sweeps
+    return Kernel("tile_order", "tile_order.cu", (blocks, 1), _ORDER_THREADS, 0, defines, own[0].printed), *sweeps
 
 
-def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:
-    """The kernel of a plan's sweeps."""
+def row_groups(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
+    """Groups of rows that stream together, of all blocks."""
+    blocks = max_tiles(spec, config) * spec.batch * spec.num_heads
+    return blocks * config.block_q // (path(spec, device).group_rows or config.block_q)
+
+
+def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Kernel, ...]:
+    """The kernels of a plan's sweeps, one for each part."""
     of = path(spec, device)
     vectors, rows = parked(spec, config, device)
     defines = {
@@ -190,8 +203,11 @@ def kernel(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Kernel:
     }  # fmt: skip
     if _has_means(spec):
         defines |= {"WGMMA": int(of is WGMMA), "SCORES_AHEAD": scores_ahead(spec, config, device)}
-    return Kernel(
-        of.name, f"{of.name}.cu", (max_tiles(spec, config) * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
-        shared_memory(spec, config, device, vectors, rows), {name: str(value) for name, value in defines.items()},
-        print_sweeps(spec.op, spec.phase).headers,
+    return tuple(
+        Kernel(
+            of.name, f"{of.name}.cu", (max_tiles(spec, config) * spec.batch * spec.num_heads, 1), 32 * config.num_warps,
+            shared_memory(spec, config, device, vectors, rows), {name: str(value) for name, value in defines.items()},
+            part.headers,
+        )
+        for part in print_sweeps(spec.op, spec.phase, config.schedule).parts
     )  # fmt: skip

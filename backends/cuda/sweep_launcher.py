@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Callable
 import torch
 
 from lla_compile.backends.cuda import compiler, runtime, sweep_kernels
-from lla_compile.backends.cuda.sweep_source import print_sweeps
+from lla_compile.backends.cuda.sweep_parts import print_sweeps
 from lla_compile.backends.scalars import scalars_of
 from lla_compile.storage import layout
 
@@ -42,15 +42,15 @@ def build_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder
 
 
 class SweepLauncher:
-    """Executable of a `fused` plan; see :class:`lla_compile.backends.Executable`."""
+    """Executable of a plan; see :class:`lla_compile.backends.Executable`."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
         spec, config = plan.spec, plan.config
-        self._source = print_sweeps(spec.op, spec.phase)
+        self._source = print_sweeps(spec.op, spec.phase, config.schedule)
         self._arguments = self._source.arguments
-        self._kernels = sweep_kernels.launches(spec, config, plan.device)
-        self._in_memory = self._source.waiting[int(self._kernels[-1].defines["PARKED"]) :]
+        self._kernels = sweep_kernels.launches(spec, config, plan.device, plan.cg_max_iters or 0)
+        self._in_memory = self._source.state[int(self._kernels[-1].defines["PARKED"]) :]
         self._is_packed = spec.num_sequences is not None
         self._element_alignment = _ALIGNMENT // getattr(torch, spec.dtype).itemsize
         heads = spec.batch * spec.num_heads
@@ -78,15 +78,15 @@ class SweepLauncher:
             if stored == "input":
                 strides += made[name].stride()[:3] if name in made else (0, 0, 0)
         pointers = [x.data_ptr() for x in streamed]
-        others = (name for name in self._source.waiting if name not in program.outputs)
+        others = (name for name in self._source.state if name not in program.outputs)
         pointers += [_pointer(made.get(name)) for name in (*program.outputs, *others)]
-        ends = self._ends(inputs)
+        tables = (*self._ends(inputs), *self._loops_of_groups(q))
         scalars = {"ridge": (ridge_tensor, ridge, ridge_strides)}
         row_scalars = [scalars[name] for name in program.row_scalars]
         packed = self._arguments.pack(
             *pointers, _pointer(scale_tensor), *(_pointer(tensor) for tensor, _, _ in row_scalars), *strides,
             *(stride for _, _, of in row_scalars for stride in of), q.shape[0] * q.shape[1] * q.shape[2], scale,
-            *(number for _, number, _ in row_scalars), *self._scalars, *self._counts, *map(_pointer, ends),
+            *(number for _, number, _ in row_scalars), *self._scalars, *self._counts, *map(_pointer, tables),
         )  # fmt: skip
         launches = self._bound.get((aligned, q.device))
         if launches is None:
@@ -101,12 +101,21 @@ class SweepLauncher:
         ends_q, ends_k = inputs["cu_seqlens_q"], inputs["cu_seqlens_k"]
         return ends_q, ends_k, ends_q.new_empty((sweep_kernels.max_tiles(self._plan.spec, self._plan.config), 2))
 
+    def _loops_of_groups(self, q: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Memory of which of the loops each group of rows is in, which `split` alone takes."""
+        plan = self._plan
+        if plan.config.schedule == "fused":
+            return ()
+        return (q.new_empty(sweep_kernels.row_groups(plan.spec, plan.config, plan.device), dtype=torch.int32),)
+
     def _bind(self, aligned: bool) -> list[Callable]:
         """The kernels as the runtime launches them; a plan without queries has none."""
         capability, alignment = self._plan.device.compute_capability, {"ALIGNED": str(int(aligned))}
         if not all(kernel.grid[0] for kernel in self._kernels):
             return []
-        return [runtime.load(kernel, kernel.defines | alignment, capability) for kernel in self._kernels]
+        own = dict.fromkeys(self._kernels)
+        loaded = {kernel: runtime.load(kernel, kernel.defines | alignment, capability) for kernel in own}
+        return [loaded[kernel] for kernel in self._kernels]
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

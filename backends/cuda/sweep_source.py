@@ -7,15 +7,11 @@ operators' own expressions, and which sweeps follow each other.
 from __future__ import annotations
 
 import math
-import struct
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Iterable, Mapping
+from typing import Iterable
 
-from lla_compile.backends.cuda.sweep_arguments import Field, argument_fields, arguments_text
-from lla_compile.backends.cuda.sweep_waiting import made_early, waiting_rows, waiting_vectors
+from lla_compile.backends.cuda.sweep_arguments import Field, arguments_text
+from lla_compile.backends.cuda.sweep_waiting import made_early
 from lla_compile.expr import Expr, Kind, fold
-from lla_compile.lowering import lower
 from lla_compile.sweeps import Assign, Loop, P, Stage, Sweep, SweepList, sweep_of
 
 TEMPLATES = {
@@ -33,47 +29,6 @@ TEMPLATES = {
 # How the value of a ROW is called where an expression ranges over rows, elements of a vector, or pairs.
 _ROW_INDEX = {Kind.ROW: "[r]", Kind.VECTOR: "[i / 2]", Kind.TILE: "[r]"}
 _LOOP_BIT = "(({0}[0] > 0 || {0}[1] > 0) << {1})"
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is printed for an operator's forward pass.
-
-    Attributes:
-        headers: texts by the names that the written sources include them by.
-        fields: of the arguments, in order.
-        program: the sweeps.
-        waiting: vectors that wait while keys are streamed, in order of their slots.
-        waiting_rows: the same of numbers of rows.
-        loops: how many loops there are.
-    """
-
-    headers: Mapping[str, str]
-    fields: tuple[Field, ...]
-    program: SweepList
-    waiting: tuple[str, ...]
-    waiting_rows: tuple[str, ...]
-    loops: int
-
-    @property
-    def arguments(self) -> struct.Struct:
-        return struct.Struct("".join(field.format for field in self.fields))
-
-
-@lru_cache(maxsize=None)
-def print_sweeps(op: str, phase: str) -> Source:
-    """The CUDA C++ of an operator's sweeps; all of them have to hold query rows."""
-    program = lower(op, phase)
-    waiting, rows = waiting_vectors(program), waiting_rows(program)
-    fields = argument_fields(program, waiting)
-    printer = _SweepsPrinter(program, waiting, rows)
-    loops = sum(isinstance(stage, Loop) for stage in program.stages)
-    headers = {
-        "sweep_arguments.cuh": arguments_text(program, fields, loops),
-        "sweeps.cuh": printer.text(),
-        "copies.cuh": printer.copies_text(),
-    }
-    return Source(headers, fields, program, waiting, rows, loops)
 
 
 class Lines(list):
@@ -96,22 +51,49 @@ class Lines(list):
         return "\n".join(line.rstrip() for line in self) + "\n"
 
 
-class _SweepsPrinter:
-    """Prints what the threads that hold rows do, and what those that only copy do."""
+class SweepsPrinter:
+    """Prints what the threads that hold rows do, and what those that only copy do.
 
-    def __init__(self, program: SweepList, waiting: tuple[str, ...], waiting_rows: tuple[str, ...]):
-        self.program, self.waiting, self.waiting_rows = program, waiting, waiting_rows
+    Args:
+        program: the sweeps.
+        waiting: vectors that wait while keys are streamed, in order of their slots.
+        waiting_rows: the same of numbers of rows.
+        groups: the stages to print, see :func:`lla_compile.backends.cuda.sweep_parts.loops_together`.
+    """
+
+    includes: tuple[str, ...] = ()  # of the printed sweeps
+    turns = "while"  # of loops, in one launch
+
+    def __init__(
+        self,
+        program: SweepList,
+        waiting: tuple[str, ...],
+        waiting_rows: tuple[str, ...],
+        groups: tuple[tuple[Stage, ...], ...],
+    ):
+        self.program, self.waiting, self.waiting_rows, self.groups = program, waiting, waiting_rows, groups
         self.out = Lines()
         self.terms = "TERMS"  # of what is rounded where the printer stands
         self.terms_of: dict[str, str] = {}  # of the rounded vectors as they were last assigned
         self.dots = self.rows = 0
 
-    def text(self) -> str:
+    def headers(self, fields: tuple[Field, ...]) -> dict[str, str]:
+        """What the written sources include, with arguments of these fields."""
+        loops = sum(isinstance(stage, Loop) for stage in self.program.stages)
+        return {
+            "sweep_arguments.cuh": arguments_text(self.program, fields, loops),
+            "sweeps.cuh": self._sweeps_text(),
+            "copies.cuh": self._copies_text(),
+        }
+
+    def _sweeps_text(self) -> str:
         out, program = self.out, self.program
         out.add(f"// Printed: the sweeps of {program.name}.")
         out.add("#pragma once")
         if any(sweep.means() for sweep in program.sweeps):
             out.add("#include <mean_stream.cuh>")
+        for name in self.includes:
+            out.add(f"#include <{name}>")
         out.add("")
         out.add("DEVICE void run_sweeps(Group& group) {")
         out.depth += 1
@@ -122,20 +104,19 @@ class _SweepsPrinter:
         rows = [x for x, kind in program.kinds.items() if kind is Kind.ROW and x not in self.waiting_rows]
         rows += ["row_max", "row_sum"] if any(sweep.softmax == "online" for sweep in program.sweeps) else []
         out.add(f"Row {', '.join(rows)};")
-        for slot, name in enumerate(self.waiting_rows):
-            out.add(f"WaitingRow<{slot}> waiting_{name}(group);")
+        self._open_waiting_rows()
         for name in program.row_scalars:
-            given = f"group.given(g.{name}_pointer, g.{name}, g.{name}_strides)"
-            waits = name in self.waiting_rows
-            out.add(f"waiting_{name}.store({given});" if waits else f"const Row {name} = {given};")
+            if name not in self.waiting_rows:
+                out.add(f"const Row {name} = group.given(g.{name}_pointer, g.{name}, g.{name}_strides);")
         for name in sorted(program.rounded):
             out.add(f"Direction {name} = group.rounded();")
         for slot, name in enumerate(self.waiting):
             is_result = "true" if name in program.outputs else "false"
             out.add(f"const Waiting<{slot}, {is_result}> waiting_{name}(group, g.{name});")
-        for stages in self._groups():
+        for stages in self.groups:
             out.add("")
             if isinstance(stages[0], Loop):
+                out.add(f"// {', '.join(loop.sweep.name for loop in stages)}")
                 self._loops(stages)
             else:
                 out.add("{")
@@ -145,42 +126,56 @@ class _SweepsPrinter:
         out.close()
         return out.text()
 
-    def _groups(self) -> list[tuple[Stage, ...]]:
-        """Stages in order; loops that follow each other take turns of one loop, as groups of rows need them."""
-        groups: list[tuple[Stage, ...]] = []
-        for stage in self.program.stages:
-            if groups and isinstance(stage, Loop) and isinstance(groups[-1][0], Loop):
-                groups[-1] += (stage,)
-            else:
-                groups.append((stage,))
-        return groups
+    def _open_waiting_rows(self) -> None:
+        for slot, name in enumerate(self.waiting_rows):
+            self.out.add(f"WaitingRow<{slot}> waiting_{name}(group);")
+        for name in self.waiting_rows:
+            if name in self.program.row_scalars:
+                self.out.add(f"waiting_{name}.store(group.given(g.{name}_pointer, g.{name}, g.{name}_strides));")
 
     # ---- stages ----
 
     def _loops(self, loops: tuple[Loop, ...]) -> None:
-        """Turns, each of which every group of rows takes with the first of the loops that it is not through with.
+        """Turns, each of which every group of rows takes with the first of the loops that it is not through with."""
+        self.out.add(f"int loop = {self.first_loop(loops)};")
+        self.out.open("for (;;)")
+        self._vote(loops, "break")
+        self._enter(loops)
+        self._turn(loops)
+        self.out.close()
+        for loop in loops:
+            self._store_outputs(loop, loops, loop.writes(), set())
+        self.terms = "TERMS"
 
-        A loop in several terms is left out where operands have one term and a coarse loop does it all.
-        """
-        out = self.out
-        skips = [self.program.refines and not loop.coarse for loop in loops]
-        out.add(f"// {', '.join(loop.sweep.name for loop in loops)}")
-        first = "TERMS == 2 ? 0 : 1" if skips[0] else "0"
-        out.add(f"int loop = {first};")
-        out.open("for (;;)")
+    def first_loop(self, loops: tuple[Loop, ...]) -> str:
+        """The number of the one that groups of rows begin with."""
+        return "TERMS == 2 ? 0 : 1" if self._needs_two_terms(loops[0]) else "0"
+
+    def _needs_two_terms(self, loop: Loop) -> bool:
+        """Whether a loop is left out where operands have one term and a coarse loop does it all."""
+        return self.program.refines and not loop.coarse
+
+    def _vote(self, loops: tuple[Loop, ...], leave: str) -> None:
+        """What groups still want; the statement ``leave`` if that is nothing."""
         self._fetch({loop.active for loop in loops}, set())
         bits = [_LOOP_BIT.format(loop.active, number) for number, loop in enumerate(loops)]
-        out.add(f"const Flags wanted = group.vote({' | '.join(bits)});")
-        out.add("if (wanted.none()) break;")
+        self.out.add(f"const Flags wanted = group.vote({' | '.join(bits)});")
+        self.out.add(f"if (wanted.none()) {leave};")
+
+    def _enter(self, loops: tuple[Loop, ...]) -> None:
+        """A group that is through with a loop enters the next one."""
+        for number, loop in enumerate(loops[1:], 1):
+            self.out.open(f"if (TERMS == 2 && loop == {number - 1} && !wanted.wants({number - 1}))")
+            self.out.add(f"loop = {number};")
+            self.terms = "1" if loop.coarse else "TERMS"
+            self._assign_all(loop.entry, set())
+            self.out.close()
+
+    def _turn(self, loops: tuple[Loop, ...]) -> None:
+        """One turn of the loop that a group is in."""
+        out = self.out
         for number, loop in enumerate(loops):
-            if number:
-                out.open(f"if (TERMS == 2 && loop == {number - 1} && !wanted.wants({number - 1}))")
-                out.add(f"loop = {number};")
-                self.terms = "1" if loop.coarse else "TERMS"
-                self._assign_all(loop.entry, set())
-                out.close()
-        for number, loop in enumerate(loops):
-            guard = "TERMS == 2 && " if skips[number] else ""
+            guard = "TERMS == 2 && " if self._needs_two_terms(loop) else ""
             out.open(f"{'} else ' if number else ''}if ({guard}loop == {number} && wanted.wants({number}))")
             self.terms = "1" if loop.coarse else "TERMS"
             self._sweep(loop.sweep, loops, entered=loop)
@@ -188,10 +183,6 @@ class _SweepsPrinter:
         out.open("} else")
         out.add("group.pass_stream<false>();")
         out.close()
-        out.close()
-        for loop in loops:
-            self._store_outputs(loop, loops, loop.writes(), set())
-        self.terms = "TERMS"
 
     def _sweep(self, sweep: Sweep, stages: tuple[Stage, ...], entered: Loop | None = None) -> None:
         out = self.out
@@ -275,20 +266,19 @@ class _SweepsPrinter:
                 base = f"group.tile.result(g.{name}, g.{name}_strides)"
                 self.out.add(f"store_result<{width}>({base}, g.{name}_strides[2], {name}, rows);")
 
-    def copies_text(self) -> str:
+    def _copies_text(self) -> str:
         """For threads that only copy: the passes of those that hold rows, in the same order."""
         out = Lines()
         out.add(f"// Printed: the copies of {self.program.name}.")
         out.add("#pragma once")
         out.add("")
         out.open("DEVICE void copy_sweeps(Copier& copier)")
-        groups = self._groups()
-        for stages in groups:
+        for stages in self.groups:
             values = {sums.operand == "v" for stage in stages for sums in sweep_of(stage).accumulators}
             (with_values,) = values
-            last = "true" if stages is groups[-1] else "false"
+            last = "true" if stages is self.groups[-1] else "false"
             stream = f"copier.stream<{'true' if with_values else 'false'}, {last}>();"
-            out.add(f"while (!copier.vote().none()) {stream}" if isinstance(stages[0], Loop) else stream)
+            out.add(f"{self.turns} (!copier.vote().none()) {stream}" if isinstance(stages[0], Loop) else stream)
         out.close()
         return out.text()
 

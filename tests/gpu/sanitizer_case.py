@@ -38,13 +38,15 @@ for fields in CASES:
         assert_close(forward("triton", p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
         found = gradients(p, make_grad_out(p), schedule=schedule, cg_max_iters=8)
         assert all(x.isfinite().all() for x in found.values())
-    if "cuda" in BACKENDS:
-        for precision, limit in (("fast", 8e-3), ("accurate", 2.5e-3)):
-            assert_close(forward("cuda", p, precision, cg_max_iters=8), p.reference(), limit)
+        if "cuda" in BACKENDS:
+            for precision, limit in (("fast", 8e-3), ("accurate", 2.5e-3)):
+                out = forward("cuda", p, precision, schedule=schedule, cg_max_iters=8)
+                assert_close(out, p.reference(), limit)
 p = gpu_packed((70, 0, 33), head_dim=40, head_dim_v=24, heads=2, kv_heads=1, ridge=4.0)
 assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_iters=8).values())
 for backend in BACKENDS:
-    assert_close(forward(backend, p, cg_max_iters=8), p.reference(), 2.5e-3)
+    for schedule in ("fused", "split"):
+        assert_close(forward(backend, p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
 for fields in CASES:
     p = make_parallax_problem(**fields, dtype=torch.bfloat16, device="cuda")
     for backend in BACKENDS:

@@ -243,6 +243,31 @@ struct Rounded {
         }
     }
 
+    // The same way back.
+    template <int T>
+    DEVICE void load(const uint16_t* from, int64_t distance, const Rows& rows) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            const uint16_t* start = from + rows.dense(r, HEAD_DIM) + rows.column(0);
+            bool exists = rows.exists(r);
+#pragma unroll
+            for (int n = 0; n < BLOCK_D / 8; ++n) {
+                int left = exists ? HEAD_DIM - rows.column(n) : 0;
+                uint32_t two = load_pair(start + 8 * n, left);
+                if constexpr (IN_REGISTERS) {
+                    registers[n / 2][n % 2 * 2 + r] = two;
+                } else {
+                    *high.pair(n, 2 * r) = two;
+                }
+                if (T == 2) *low.pair(n, 2 * r) = load_pair(start + distance + 8 * n, left);
+            }
+        }
+    }
+
+    DEVICE static uint32_t load_pair(const uint16_t* from, int left) {
+        if (HEAD_DIM % 2 == 0) return left > 0 ? *reinterpret_cast<const uint32_t*>(from) : 0;
+        return (left > 0 ? from[0] : 0) | (left > 1 ? uint32_t(from[1]) << 16 : 0);
+    }
     DEVICE static void store_pair(uint16_t* to, uint32_t pair, int left) {
         if (HEAD_DIM % 2 == 0) {
             if (left > 0) *reinterpret_cast<uint32_t*>(to) = pair;
