@@ -184,6 +184,8 @@ def test_what_is_not_known_is_refused():
         predict(spec_of(), FUSED, unlisted, [kernel()])
     with pytest.raises(Unpredictable, match="7 loops over tiles for 3 sweep"):
         loops_of_passes(kernel(loops=7), 3)
+    with pytest.raises(Unpredictable, match="cuda split has 3 kernels, the model knows 4"):
+        predict(spec_of(), replace(FUSED, backend="cuda", schedule="split"), H200, 3 * [kernel()])
     with pytest.raises(NotImplementedError, match="packed"):
         workload(spec_of(num_sequences=3), FUSED)
 

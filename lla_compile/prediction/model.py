@@ -68,6 +68,10 @@ def predict(
     require_rates(device)
     constants = constants or efficiency.BY_PHASE[spec.phase]
     work = workload(spec, config)
+    if len(kernels) < (expected := 1 + max((launch.kernel for launch in work.launches), default=-1)):
+        raise Unpredictable(
+            f"{config.backend} {config.schedule} has {len(kernels)} kernels, the model knows {expected}"
+        )
     limit = next(filter(None, (broken_limit(kernels[n], device) for n in {x.kernel for x in work.launches})), None)
     if limit is None and (spilled := spilled_share(work, kernels)) > _SPILLED_SHARE:
         limit = f"it spills: {spilled:.1%} of what the loops execute are accesses of local memory"
