@@ -201,7 +201,7 @@ def test_a_probe_of_zero_is_softmax_attention(backend):
     assert relative_error(attend(q, r, k, v), softmax.double()) < 2e-3
 
 
-@FORWARD
+@BACKENDS
 def test_packed_sequences(backend):
     p = problem(seqlen_q=600, heads=4, kv_heads=2, head_dim=64)
     attend_on(backend, p)
