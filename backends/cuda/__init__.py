@@ -151,7 +151,7 @@ def _sweep_source_hash(op: str, phase: str, schedule: str) -> str:
     headers = [part.headers for part in print_sweeps(op, phase, schedule).parts]
     printed = {name: "".join(texts[name] for texts in headers) for name in headers[0]}
     sources = ("sweeps_mma.cu", "sweeps_wgmma.cu", "tile_order.cu")
-    python_files = ("sweep_kernels.py", "sweep_launcher.py")
+    python_files = ("sweep_kernels.py", "sweep_launcher.py", "../head_groups.py")
     return source_hash(sources, python_files, printed)
 
 
@@ -167,7 +167,7 @@ def _backward_source_hash(op: str) -> str:
     for sweep in source.sweeps:
         for name, text in sweep.headers.items():
             printed[name] = text if name in source.headers else printed.get(name, "") + text
-    python_files = ("backward_kernels.py", "backward_launcher.py")
+    python_files = ("backward_kernels.py", "backward_launcher.py", "../head_groups.py")
     return source_hash(("backward_rows.cu", "backward_sweep.cu"), python_files, printed)
 
 

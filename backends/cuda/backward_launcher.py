@@ -8,6 +8,7 @@ import torch
 
 from lla_compile.backends.cuda import backward_kernels, compiler, runtime
 from lla_compile.backends.cuda.backward_source import print_backward
+from lla_compile.backends.head_groups import heads_per_group
 from lla_compile.backends.scalars import scalars_of
 from lla_compile.lowering import lower
 from lla_compile.storage import layout
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from lla_compile.spec import LLASpec
 
 _ALIGNMENT = 16  # bytes; of whatever is copied asynchronously
-# Heads run in groups whose streamed operands take at most this share of the L2, see the Triton backend's launcher.
-_L2_SHARE = 0.2
 
 
 def precompile_backward(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
@@ -54,11 +53,14 @@ class BackwardLauncher:
         spec = plan.spec
         source = print_backward(spec.op)
         self._program, self._arguments, self._numbers = (source.program, source.arguments, len(source.numbers))
-        self._element_alignment = _ALIGNMENT // getattr(torch, spec.dtype).itemsize
         self._table_rows = backward_kernels.table_rows(spec)
-        heads = spec.batch * spec.num_heads
+        heads, item = spec.batch * spec.num_heads, getattr(torch, spec.dtype).itemsize
+        self._element_alignment = _ALIGNMENT // item
+        columns = spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * item
+        rows = spec.seqlen_q * (2 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
         self._counts = (
-            heads, spec.num_heads, spec.group_size, *_heads_together(spec, plan.device), spec.seqlen_q, spec.seqlen_k,
+            heads, spec.num_heads, spec.group_size, heads_per_group(heads, columns, spec.group_size, plan.device),
+            heads_per_group(heads // spec.group_size, rows, 1, plan.device), spec.seqlen_q, spec.seqlen_k,
             spec.window_size or 0, self._table_rows,
         )  # fmt: skip
         self._bound: dict[tuple, list[Callable]] = {}
@@ -95,19 +97,3 @@ class BackwardLauncher:
             for kernel in backward_kernels.kernels(spec, config, device, wanted)
             if kernel.grid[0]
         ]
-
-
-def _heads_together(spec: LLASpec, device: DeviceInfo) -> tuple[int, int]:
-    """Heads that run together, in groups of about equal size: of queries, whose groups stream the same keys, and of
-    keys."""
-    item = getattr(torch, spec.dtype).itemsize
-    heads = spec.batch * spec.num_heads
-    keys = spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * item
-    rows = spec.seqlen_q * (2 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
-
-    def together(heads: int, bytes_per_head: int, sharing: int) -> int:
-        fitting = max(2, int(device.l2_bytes * _L2_SHARE) // max(1, bytes_per_head))
-        groups = max(1, -(-heads // (fitting * sharing)))
-        return max(1, -(-heads // groups))
-
-    return together(heads, keys, spec.group_size), together(heads // spec.group_size, rows, 1)

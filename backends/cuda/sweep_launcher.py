@@ -8,6 +8,7 @@ import torch
 
 from lla_compile.backends.cuda import compiler, runtime, sweep_kernels
 from lla_compile.backends.cuda.sweep_parts import print_sweeps
+from lla_compile.backends.head_groups import heads_per_group
 from lla_compile.backends.scalars import scalars_of
 from lla_compile.storage import layout
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from lla_compile.spec import LLASpec
 
 _ALIGNMENT = 16  # bytes; of whatever is copied asynchronously
-# Heads run in groups whose keys and values take at most this share of the L2, see the Triton backend's launcher.
-_L2_SHARE = 0.2
 
 
 def precompile_sweeps(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
@@ -52,11 +51,12 @@ class SweepLauncher:
         self._kernels = sweep_kernels.launches(spec, config, plan.device, plan.cg_max_iters or 0)
         self._in_memory = self._source.state[int(self._kernels[-1].defines["PARKED"]) :]
         self._is_packed = spec.num_sequences is not None
-        self._element_alignment = _ALIGNMENT // getattr(torch, spec.dtype).itemsize
-        heads = spec.batch * spec.num_heads
+        heads, item = spec.batch * spec.num_heads, getattr(torch, spec.dtype).itemsize
+        self._element_alignment = _ALIGNMENT // item
+        columns = spec.mean_seqlens[1] * (spec.head_dim + spec.head_dim_v) * item
         self._counts = (
-            heads, spec.num_heads, spec.group_size, _heads_per_group(spec, plan.device), spec.seqlen_q, spec.seqlen_k,
-            spec.window_size or 0, spec.num_sequences or 0,
+            heads, spec.num_heads, spec.group_size, heads_per_group(heads, columns, spec.group_size, plan.device),
+            spec.seqlen_q, spec.seqlen_k, spec.window_size or 0, spec.num_sequences or 0,
         )  # fmt: skip
         self._scalars = tuple(float(getattr(plan, name)) for name in self._source.program.scalars)
         self._bound: dict[tuple, list[Callable]] = {}
@@ -120,12 +120,3 @@ class SweepLauncher:
 
 def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _heads_per_group(spec: LLASpec, device: DeviceInfo) -> int:
-    """Heads that run together, in groups of about equal size; those of a group of queries stream the same keys."""
-    heads = spec.batch * spec.num_heads
-    bytes_per_head = spec.mean_seqlens[1] * (spec.head_dim + spec.head_dim_v) * getattr(torch, spec.dtype).itemsize
-    together = max(2, int(device.l2_bytes * _L2_SHARE) // max(1, bytes_per_head))
-    groups = max(1, -(-heads // (together * spec.group_size)))
-    return max(1, -(-heads // groups))

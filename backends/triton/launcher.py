@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Callable, NamedTuple
 import torch
 import triton
 
+from lla_compile.backends.head_groups import heads_per_group
 from lla_compile.backends.scalars import scalars_of
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
 from lla_compile.backends.triton.kernel_source import strided_outputs
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 _INPUT_PRECISION = {"fast": "tf32", "accurate": "tf32x3"}  # of float32 tile products; 16-bit ones ignore it
 _NO_FLOAT64_PRODUCTS = 10.0  # compute capability from which Triton 3.6 does not compile them
-# Heads run in groups whose streamed operands take at most this share of the L2. On an H200 groups of 4 to 32 MB were
-# within 8 % of the fastest at every size tried; all heads at once cost up to 15 % at N = 16384.
-_L2_SHARE = 0.2
 
 
 def constants(
@@ -231,8 +229,8 @@ class Launcher:
             heads,
             spec.num_heads,
             spec.group_size,
-            _heads_per_group(heads, columns, spec.group_size, device),
-            _heads_per_group(heads // spec.group_size, rows, 1, device),
+            heads_per_group(heads, columns, spec.group_size, device),
+            heads_per_group(heads // spec.group_size, rows, 1, device),
             spec.seqlen_q,
             spec.seqlen_k,
             spec.window_size or 0,
@@ -275,13 +273,6 @@ class Launcher:
         else:
             tiles = max_tiles(length, spec.num_sequences, block)
         return (tiles * spec.batch * heads, 1, 1)
-
-
-def _heads_per_group(heads: int, bytes_per_head: int, sharing: int, device: DeviceInfo) -> int:
-    """Heads that run together, in groups of about equal size; ``sharing`` of them stream the same operands."""
-    together = max(2, int(device.l2_bytes * _L2_SHARE) // max(1, bytes_per_head))
-    groups = max(1, -(-heads // (together * sharing)))
-    return max(1, -(-heads // groups))
 
 
 def _with_constants(runner: Callable, fixed: list) -> Callable:
