@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_emulation import COMPILER, emulated  # noqa: F401
-from parallax_problems import GRADIENTS, bound, grown, make_parallax_problem, run_forward
+from parallax_problems import GRADIENTS, ParallaxProblem, bound, grown, make_parallax_problem, run_forward
 from problems import CPU, assert_close, assert_gradients_close
 
 from lla_compile import backends
@@ -81,6 +81,14 @@ def test_tiles(emulated, tile, backwards):  # noqa: F811
 def test_maxima_that_grow_along_the_keys(growth, tile):
     """Tiles that rescale follow tiles that do not, and the other way round, in some rows of a group alone."""
     assert_right(grown(problem(seqlen_q=200, offset=2.0), growth), tile)
+
+
+@pytest.mark.parametrize("tile", ["two", "mma"])
+def test_means_that_wander_under_maxima_that_do_not(tile):
+    """Second scores whose mean leaves the first tile's far behind, where no score outgrows the maximum."""
+    q, r, k, v = (x.clone() for x in problem(seqlen_q=300).tensors)
+    q[..., 0], r[..., 0], k[..., 0] = 0, 0.5, torch.linspace(0, 10, 300)
+    assert_right(ParallaxProblem((q, r, k, v), None, {}), tile)
 
 
 @pytest.mark.parametrize("tile", ["two", "mma"])

@@ -276,7 +276,6 @@ class _SweepPrinter:
         for score in scores:
             if score.center:
                 out.add(f"hold_all({score.name});")
-        self._keep()
         out.add("stage.group.take_turn();")
         out.add("begin_products();")
         for score in scores:
@@ -295,11 +294,6 @@ class _SweepPrinter:
             out.add("wait_product_groups<0>();")
         for name in others:
             out.add(f"hold_all({name});")
-        self._keep()
-
-    def _keep(self) -> None:
-        for name in self.held:
-            self.out.add(f"{name}.keep();")
 
     def _weights(self) -> None:
         out, sweep = self.out, self.sweep
@@ -336,6 +330,8 @@ class _SweepPrinter:
             out.add(f"hold_all({name}.x);")
         for number in range(len(sweep.accumulators)):
             out.add(f"hold_all(weights[{number}].of);")
+        for name in self.held:
+            out.add(f"{name}.keep(stage);")
 
     # ---- after the stream ----
 

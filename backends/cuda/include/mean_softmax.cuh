@@ -1,15 +1,17 @@
 // How two scores of a tile become two weights: p, the softmax of the first, and a function of p and the second, which is
 // relative to its mean under p. Maximum and mean are those of some tile before, see mean_lowering.py: the sums so far are
-// moved along only when weights relative to them grow too large.
+// moved along only when weights relative to them grow too large, or their second moment.
 #pragma once
 #include <ptx_weights.cuh>
 #include <row_state.cuh>
 #include <weights.cuh>
 
 // Weights relative to the maximum that is held are at most 2^SLACK, and may all be 1: float16 has to hold them times the
-// second score.
-constexpr float SLACK = BFLOAT16 ? 8.0f : 5.0f, MOST = BFLOAT16 ? 256.0f : 32.0f;
+// second score, and a tile that outweighs all before it is to have its own mean.
+constexpr float SLACK = 5.0f, MOST = 32.0f;
 static_assert(BLOCK_K / 4 <= MOST);
+// Of the mean of earlier tiles from the one that is held: rounding the second weights costs up to an eighth more then.
+constexpr float DRIFT = 0.5f;
 // Less than any score: a maximum that nothing is less than, and that -inf less it is -inf.
 constexpr float LOWEST = -1e30f;
 constexpr float LEAST_SUM = 1e-30f;  // of a row without keys, to divide by
@@ -20,8 +22,9 @@ struct MeanSoftmax {
     float scale_log2, factor;
     Row maximum = {LOWEST, LOWEST};
     Row mean = {0, 0};
-    Row sum = {0, 0}, moment = {0, 0};  // of p and of p times the second score, over the thread's columns
-    // Whether the warp's maxima move with this tile, and then what all sums so far lose by that.
+    // Of p and of p times the second score: shares of the rows' sums, since the last move over the thread's own columns.
+    Row sum = {0, 0}, moment = {0, 0};
+    // Whether the warp's maxima and means move with this tile, and then what all sums so far lose by that.
     bool moves = false;
     Row shrink = {1, 1};
 
@@ -43,7 +46,7 @@ struct MeanSoftmax {
     template <int TILES>
     DEVICE void weigh(float (&s)[TILES][4]) {
         Row tile_sum = exponentials(s);
-        moves = any_lane_says(!(tile_sum[0] <= MOST && tile_sum[1] <= MOST));
+        moves = any_lane_says(!(tile_sum[0] <= MOST && tile_sum[1] <= MOST) || drifts());
         if (!moves) add(tile_sum);
     }
     template <int TILES>
@@ -55,7 +58,7 @@ struct MeanSoftmax {
     template <int TILES>
     DEVICE void weigh_once(float (&s)[TILES][4]) {
         Row largest = largest_of(s);
-        moves = any_lane_says(largest[0] * factor > maximum[0] + SLACK || largest[1] * factor > maximum[1] + SLACK);
+        moves = any_lane_says(largest[0] * factor > maximum[0] + SLACK || largest[1] * factor > maximum[1] + SLACK || drifts());
         if (moves) raise(largest);
         add(exponentials(s));
     }
@@ -75,9 +78,12 @@ struct MeanSoftmax {
         }
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            moved[r] = sum_of_row(moment[r] + tile_moment[r]) / fmaxf(sum_of_row(sum[r]), LEAST_SUM);
+            float total = sum_of_row(sum[r]);
+            moved[r] = sum_of_row(moment[r] + tile_moment[r]) / fmaxf(total, LEAST_SUM);
             mean[r] += moved[r];
-            moment[r] -= moved[r] * (sum[r] - tile_sum[r]);
+            // The threads of a row have a share each of its weight, and nothing of its moment, which is 0 with this tile.
+            moment[r] = moved[r] * tile_sum[r] - tile_moment[r];
+            sum[r] = total / 4;
         }
         assign(sums, [&](int n, int i) { return sums(n, i) * shrink[i / 2]; });
         assign(moments, [&](int n, int i) { return moments(n, i) * shrink[i / 2] - moved[i / 2] * sums(n, i); });
@@ -111,6 +117,9 @@ struct MeanSoftmax {
         assign(moments, [&](int n, int i) { return moments(n, i) - moved[i / 2] * sums(n, i); });
     }
 
+    DEVICE bool drifts() const {
+        return fabsf(moment[0]) > DRIFT * sum[0] || fabsf(moment[1]) > DRIFT * sum[1];
+    }
     // Over the thread's columns.
     template <int TILES>
     DEVICE static Row largest_of(const float (&s)[TILES][4]) {

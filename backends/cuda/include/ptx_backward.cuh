@@ -24,3 +24,18 @@ DEVICE void wait_for_turn(int group) {
 DEVICE void give_turn(int group) {
     asm volatile("bar.arrive %0, 256;" ::"r"(group + FIRST_TURN_BARRIER) : "memory");
 }
+
+// Compilers up to CUDA 13.0 at least forget, of left operands in registers, that the next round of a loop needs them, and
+// put other numbers there. They believe a branch that they cannot tell is never taken: no stage has this number.
+template <int COUNT>
+DEVICE void need_here(const uint32_t (&x)[COUNT][4], int stage) {
+    asm volatile("" : "+r"(stage));
+    if (stage == -1) {
+#pragma unroll
+        for (int n = 0; n < COUNT; ++n) {
+            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(stage), "r"(x[n][0]), "r"(x[n][1]), "r"(x[n][2]),
+                         "r"(x[n][3])
+                         : "memory");
+        }
+    }
+}

@@ -274,8 +274,9 @@ struct HeldOperand {
         }
     }
 
-    DEVICE void keep() {
-        if constexpr (AT_HAND) hold_all(registers);
+    // For the next tile, at the end of this one.
+    DEVICE void keep(const Stage& stage) const {
+        if constexpr (AT_HAND) need_here(registers, stage.number);
     }
 
     // Number i of tile n.
