@@ -101,7 +101,7 @@ CASES = [
     Case("h200", 64, op="parallax"),
     Case("h200", 64, tile=(128, 64, 4), op="parallax"),
     Case("h200", 128, op="parallax"),
-    Case("h200", 128, tile=(64, 64, 3), dtype="float16", window_size=512, op="parallax"),
+    Case("h200", 128, tile=(64, 32, 3), dtype="float16", window_size=512, op="parallax"),
     Case("a100", 128, op="parallax"),
     Case("l4", 128, op="parallax"),
     Case("b200", 128, op="parallax"),

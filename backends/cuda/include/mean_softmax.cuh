@@ -46,7 +46,7 @@ struct MeanSoftmax {
     template <int TILES>
     DEVICE void weigh(float (&s)[TILES][4]) {
         Row tile_sum = exponentials(s);
-        moves = any_lane_says(!(tile_sum[0] <= MOST && tile_sum[1] <= MOST) || drifts());
+        moves = any_lane_says(fmaxf(fmaxf(tile_sum[0], tile_sum[1]) - MOST, drift()) > 0);
         if (!moves) add(tile_sum);
     }
     template <int TILES>
@@ -58,7 +58,8 @@ struct MeanSoftmax {
     template <int TILES>
     DEVICE void weigh_once(float (&s)[TILES][4]) {
         Row largest = largest_of(s);
-        moves = any_lane_says(largest[0] * factor > maximum[0] + SLACK || largest[1] * factor > maximum[1] + SLACK || drifts());
+        float growth = fmaxf(largest[0] * factor - maximum[0], largest[1] * factor - maximum[1]);
+        moves = any_lane_says(fmaxf(growth - SLACK, drift()) > 0);
         if (moves) raise(largest);
         add(exponentials(s));
     }
@@ -117,8 +118,9 @@ struct MeanSoftmax {
         assign(moments, [&](int n, int i) { return moments(n, i) - moved[i / 2] * sums(n, i); });
     }
 
-    DEVICE bool drifts() const {
-        return fabsf(moment[0]) > DRIFT * sum[0] || fabsf(moment[1]) > DRIFT * sum[1];
+    // Positive if the mean of earlier tiles has gone too far: a number, and no condition, so that it costs no jump.
+    DEVICE float drift() const {
+        return fmaxf(fabsf(moment[0]) - DRIFT * sum[0], fabsf(moment[1]) - DRIFT * sum[1]);
     }
     // Over the thread's columns.
     template <int TILES>

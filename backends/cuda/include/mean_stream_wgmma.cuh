@@ -10,13 +10,6 @@
 #include <operands_mma.cuh>
 #include <stream_wgmma.cuh>
 
-// The same turn, which depends on a number that is never negative: ptxas moves a wait for products up past arithmetic
-// that does not need it, but not past another wait that the arithmetic comes before.
-DEVICE Turn once_known(float x, Turn turn) {
-    turn.parity += x < 0;
-    return turn;
-}
-
 // One pass over keys and values:
 //     sum[i] = sum over j of p[i, j] v_j        moment[i] = sum over j of weight(p[i, j], a[i, j]) v_j
 // with a = probe . k_j relative to its mean under p.
@@ -34,8 +27,7 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
     if (begin < end) {
         float s[BLOCK_K / 8][4], a[BLOCK_K / 8][4];
         WeightPair weights;
-        Turn values = turn, held;  // of a tile, and of the tile before
-        values.next();
+        Turn values = turn.following();
         auto prepare = [&](int at) {
             softmax.scale(s);
             if (range.cuts(at)) group.mask(s, at);
@@ -45,40 +37,40 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             prepare(at);
             softmax.weigh_anew(s);
         };
+        // Descriptors are made anew for every tile where there are no registers to keep them in.
+        auto start_rows = [&](float(&scores)[BLOCK_K / 8][4], const QueryRows& rows) {
+            group.start_rows<false>(scores, rows.tile + (AHEAD ? 0 : anew(0)), turn);
+        };
         auto start_second = [&] {
-            group.start_rows<false>(a, probe.tile, turn);
+            start_rows(a, probe);
             commit_products();
         };
-        auto next = [&] {
-            held = values;
-            turn = values, turn.next();
-            values = turn, values.next();
-        };
-        group.wait_for(turn);
+        group.wait_for(turn, values);
         begin_products();
-        group.start_rows<false>(s, group.q.tile, turn);
+        start_rows(s, group.q);
         commit_products();
         start_second();
         wait_product_groups<1>();
         hold_all(s);
         prepare(begin);
         softmax.weigh_once(s);
-        group.wait_for(values);
         wait_product_groups<0>();
         hold_all(a);
         group.release(turn);
         if (softmax.moves) softmax.move(s, a, sum, moment);
         softmax.combine(s, a, weight);
         weights.set(s, a);
-        next();
+        turn = values.following();
 #pragma unroll 1
         for (int at = begin + 1; at < end; ++at) {
             // `turn` has the keys of tile `at`, `values` its values, `held` those of the tile before.
-            group.wait_for(turn);
+            Turn held = turn.before();
+            values = turn.following();
+            group.wait_for(turn, values);
             hold_all(sum.x), hold_all(moment.x);
             hold_weights(weights.p), hold_weights(weights.weighted);
             begin_products();
-            group.start_rows<false>(s, group.q.tile, turn);
+            start_rows(s, group.q);
             commit_products();
             if constexpr (AHEAD) start_second();
             group.start_sum<ValueTile>(sum, weights.p, held);
@@ -88,8 +80,14 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             hold_all(s);
             prepare(at);
             softmax.weigh(s);
-            if constexpr (AHEAD) if (softmax.moves) weigh_anew(at);
-            group.wait_for(once_known(softmax.sum[0] + softmax.sum[1], values));
+            if (softmax.moves) {  // a jump, which waits for products are not moved before
+                if constexpr (!AHEAD) {
+                    wait_product_groups<0>();
+                    hold_all(sum.x), hold_all(moment.x);
+                    hold_weights(weights.p), hold_weights(weights.weighted);
+                }
+                weigh_anew(at);
+            }
             if constexpr (AHEAD) {
                 wait_product_groups<1>();
                 hold_all(a);
@@ -106,7 +104,6 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
             hold_weights(weights.p), hold_weights(weights.weighted);
             group.release(held);
             if constexpr (!AHEAD) {
-                if (softmax.moves) weigh_anew(at);
                 begin_products();
                 start_second();
                 wait_product_groups<0>();
@@ -116,8 +113,9 @@ DEVICE void stream_means(Group& group, Vector<WIDTH>& sum, Vector<WIDTH>& moment
                 softmax.combine(s, a, weight);
             }
             weights.set(s, a);
-            next();
+            turn = values.following();
         }
+        Turn held = turn.before();
         hold_all(sum.x), hold_all(moment.x);
         hold_weights(weights.p), hold_weights(weights.weighted);
         begin_products();

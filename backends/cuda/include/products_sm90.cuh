@@ -9,6 +9,12 @@ struct Turn {
     DEVICE void next() {
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
+    DEVICE Turn following() const {
+        Turn turn = *this;
+        turn.next();
+        return turn;
+    }
+    DEVICE Turn before() const { return stage ? Turn{stage - 1, parity} : Turn{STAGES - 1, parity ^ 1}; }
 };
 
 template <int COUNT>

@@ -87,6 +87,10 @@ struct Group : RowGroup {
         wait_phase(&shared.full[of.stage], of.parity);
         show_to_products();
     }
+    DEVICE void wait_for(const Turn& of, const Turn& another) {
+        wait_phase(&shared.full[of.stage], of.parity);
+        wait_for(another);
+    }
     DEVICE void release(const Turn& of) {
         sync_warp();
         if (Rows::lane() == 0) arrive(&shared.empty[of.stage]);
@@ -194,8 +198,11 @@ struct Group : RowGroup {
 #pragma unroll 1
             for (int at = begin + 1; at < end; ++at) {
                 // `turn` has the keys of tile `at`, `held` the operand of the tile before.
-                wait_for(turn);
-                if (VALUES) wait_for(held);
+                if constexpr (VALUES) {
+                    wait_for(turn, held);
+                } else {
+                    wait_for(turn);
+                }
                 hold_all(sum.x);
                 hold_weights(weights);
                 if constexpr (SECOND) hold_all(row->registers);
