@@ -16,6 +16,7 @@ from typing import Sequence
 
 import torch
 
+from lla_compile import backends
 from lla_compile.spec import PHASES, PRECISIONS, LLASpec
 from lla_compile.tune import find_device
 from lla_compile.tuner.evaluate import Evaluator
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     info, device = find_device(args.gpu)
     spec = _spec(args)
     problem = Problem(spec, info, device or torch.device("cpu"))
-    space = SearchSpace.joint(spec, info, usable_backends(spec, info))
+    space = SearchSpace.joint(spec, info, usable_backends(spec, info, args.backend or ()))
     with tempfile.TemporaryDirectory() as folder:
         if device is None:
             space, evaluate = comparable(space), Predictor(problem, Path(folder))
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-heads", type=int, default=32)
     parser.add_argument("--group", type=int, default=1, help="query heads a key head, to decode")
     parser.add_argument("--precision", choices=PRECISIONS, default="fast")
+    parser.add_argument("--backend", nargs="+", choices=backends.NAMES, help="record these backends' spaces only")
     parser.add_argument("--out", type=Path, required=True)
     return parser
 

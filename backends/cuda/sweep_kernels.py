@@ -60,7 +60,7 @@ class Path:
 # and of two blocks' 232 some are lost to what is live before registers move.
 WGMMA = Path(
     "sweeps_wgmma", group_rows=64, copy_warps=4, barriers=2, waiting_registers=0,
-    row_registers={64: 220, 128: 240, 192: 160}, block_q=(64, 128, 192), block_k=(32, 64, 96), stages=(3, 4, 5, 6),
+    row_registers={64: 220, 128: 240, 192: 160}, block_q=(64, 128, 192), block_k=(32, 64, 96), stages=(3, 4, 5, 6, 8),
     preference=((192, 64), (128, 64), (64, 64), (64, 32)),
 )  # fmt: skip
 MMA = Path(
