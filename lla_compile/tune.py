@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with contextlib.ExitStack() as stack:
                 interruption = stack.enter_context(Interruption())
                 if len(devices) > 1:
-                    task = fleet.Task(tuple(specs), info, preset, args.seed, named, args.storage, path)
+                    task = fleet.Task(tuple(specs), info, preset, args.seed, named, args.storage, path, args.trials_out)
                     if not _explore(problems, task, devices, storage, interruption, args.resume):
                         return EXIT_INTERRUPTED
                 pool = features = None  # nothing that runs on a CPU has a compiler

@@ -253,11 +253,13 @@ class TestDevices:
         cpu = torch.device("cpu")
         monkeypatch.setattr(tune, "find_devices", lambda gpu, which: (identify("cpu"), [cpu, cpu]))
         arguments = "--head-dim 8 --seqlen 32 --batch-heads 1 --trials 10 --devices all".split()
-        url = f"sqlite:///{tmp_path}/s.sqlite3"
-        assert tune.main([*arguments, "--storage", url, "--out", str(tmp_path / "cpu.yaml")]) == tune.EXIT_OK
+        url, trials = f"sqlite:///{tmp_path}/s.sqlite3", tmp_path / "trials.jsonl"
+        arguments += ["--storage", url, "--trials-out", str(trials), "--out", str(tmp_path / "cpu.yaml")]
+        assert tune.main(arguments) == tune.EXIT_OK
         (entry,) = read(Path(tmp_path / "cpu.yaml")).entries
         assert entry.search["trials"] in (10, 11)  # each may have taken the last one
         evaluated_here = [t for t in trials_of(open_storage(url)) if t.user_attrs.get("free") is False]
+        assert len(trials.read_text().splitlines()) == len(evaluated_here)
         owners = {tuple(trial.user_attrs["owner"]) for trial in evaluated_here}
         assert len(owners) == 2 and not any(pid == os.getpid() for _, pid in owners)
         out = capfd.readouterr().out

@@ -25,6 +25,7 @@ from lla_compile.tuner.progress import ProgressReport, make_console
 from lla_compile.tuner.session import Settings, explore_key
 from lla_compile.tuner.storage import open_storage
 from lla_compile.tuner.study import quiet_optuna
+from lla_compile.tuner.trials_file import TrialsFile
 
 # A process that was told to end has this long to fail its trials, so that others can take them at once.
 _END_TIMEOUT_S = 30.0
@@ -40,6 +41,7 @@ class Task:
         preset, seed, backends: as in :class:`lla_compile.tuner.session.Settings`.
         storage: URL of the studies, None for the embedded file.
         path: the database file that neighbours are looked up for; nothing is written to it.
+        trials_out: where each process appends its trials, a line at a time; None: nowhere.
     """
 
     specs: tuple[LLASpec, ...]
@@ -49,6 +51,7 @@ class Task:
     backends: tuple[str, ...]
     storage: str | None
     path: Path
+    trials_out: Path | None
 
 
 def explore(task: Task, devices: Sequence[torch.device], interruption: Interruption) -> None:
@@ -100,6 +103,7 @@ def _work(task: Task, device_name: str, compilers: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     report = ProgressReport(make_console(force_terminal=False), len(task.specs), label=device_name)
+    watcher = TrialsFile(task.trials_out, report) if task.trials_out else report
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_optuna())
         interruption = stack.enter_context(Interruption())
@@ -114,7 +118,7 @@ def _work(task: Task, device_name: str, compilers: int) -> None:
             for spec in task.specs:
                 interruption.check()
                 try:
-                    explore_key(Problem(spec, task.info, device), settings, report)
+                    explore_key(Problem(spec, task.info, device), settings, watcher)
                 except DeviceLost:
                     raise
                 except (ValueError, RuntimeError):
