@@ -8,6 +8,7 @@ from typing import Sequence
 
 from benchmarks import (
     accuracy,
+    backends,
     backward_sweeps,
     decode,
     forward,
@@ -24,7 +25,7 @@ from benchmarks.report import Benchmark, Target, common_parser, environment, pri
 from lla_compile.tuner.outcome import one_line
 
 _MODULES = (
-    forward, training, varlen, decode, parallax, sweeps, backward_sweeps, accuracy, gradients, solver, memory, overhead
+    forward, backends, training, varlen, decode, parallax, sweeps, backward_sweeps, accuracy, gradients, solver, memory, overhead
 )  # fmt: skip
 BENCHMARKS = tuple(module.BENCHMARK for module in _MODULES)
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
 from benchmarks import (  # noqa: E402
     accuracy,
+    backends,
     backward_sweeps,
     comparison,
     decode,
@@ -250,6 +251,14 @@ def test_accuracy(tmp_path, monkeypatch):
     assert len(rows) == 8
     for row in rows:
         assert row["error"] < (1e-5 if row["precision"] == "accurate" else 2e-2)
+
+
+def test_backends(tmp_path):
+    rows = run(backends.BENCHMARK, tmp_path)["rows"]
+    assert [(row["op"], row["phase"], row["precision"], row["backend"]) for row in rows] == [
+        (*problem, "eager") for problem in backends.PROBLEMS
+    ]
+    assert all(row["median_ms"] > 0 and row["plan"]["backend"] == "eager" for row in rows)
 
 
 def test_backward_sweeps(tmp_path):
