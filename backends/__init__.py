@@ -68,6 +68,9 @@ class Backend(Protocol):
     def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         """Why this backend cannot run ``spec`` on ``device``, or None if it can."""
 
+    def unsupported_spec(self, spec: LLASpec, device: DeviceInfo) -> str | None:
+        """The same of any machine with such a device: what is installed on this one does not count."""
+
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         """The heuristic choice: always within :meth:`infeasible`'s limits."""
 

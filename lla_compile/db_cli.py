@@ -232,8 +232,7 @@ def _entry_problem(entry: Entry, device: DeviceInfo) -> str | None:
     except ImportError:
         return None  # this machine lacks what the backend needs: its limits cannot be checked here
     # Whatever is installed here: the plans of a file are for other machines too.
-    unsupported = getattr(backend, "unsupported_spec", backend.unsupported)
-    return unsupported(spec, device) or backend.infeasible(spec, entry.config, device)
+    return backend.unsupported_spec(spec, device) or backend.infeasible(spec, entry.config, device)
 
 
 def _table(*columns: str, right: tuple[int, ...] = ()):

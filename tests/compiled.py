@@ -1,12 +1,13 @@
 """Kernels compiled for tests of their machine code."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
 
 from lla_compile.backends.cuda import nvrtc
 from lla_compile.devices import DeviceInfo, resolve
-from lla_compile.prediction.cubin import Cubin
+from lla_compile.prediction.cubin import Cubin, Loop
 from lla_compile.spec import LLASpec
 
 
@@ -57,3 +58,39 @@ def compile_cubins(spec, config, device, **variant) -> list[Cubin]:
     from lla_compile.backends.triton.launcher import compile_variant
 
     return [cubin_of(kernel) for kernel in compile_variant(spec, config, device, **variant)]
+
+
+# ---- machine code ----
+
+_NO_RESULT = ("ST", "BAR", "SYNCS", "RED", "BRA")  # instructions whose first register is read
+_ROW_PRODUCT = re.compile(r"R\d+, R(\d+), gdesc\[\w+\](?!\.tnspB)")
+
+
+def code_of(cubin: Cubin, loop: Loop) -> list[tuple[str, str]]:
+    """(name, operands) of a loop's instructions."""
+    return [(name, text.strip()) for address, name, text in cubin.instructions if loop.start <= address <= loop.stop]
+
+
+def lost_operands(code: list[tuple[str, str]]) -> list[str]:
+    """Products of rows with tiles whose rows lie in registers that the loop writes to: the next round would multiply
+    something else. Some versions of ptxas lose them so."""
+    written = {register for name, operands in code for register in _written(name, operands)}
+    lost = []
+    for name, operands in code:
+        left = _ROW_PRODUCT.match(operands) if name.startswith("HGMMA") else None
+        registers = range(int(left[1]), int(left[1]) + 4) if left else ()
+        lost += [f"{name} {operands}: R{register}" for register in registers if register in written]
+    return lost
+
+
+def _written(name: str, operands: str) -> range:
+    first = re.match(r"R(\d+)(?=,|$)", operands)
+    if first is None or name.startswith(_NO_RESULT):
+        return range(0)
+    if columns := re.match(r"HGMMA\.64x(\d+)x16", name):
+        count = int(columns[1]) // 2
+    elif name.endswith(".M88.4") or ".128" in name:
+        count = 4
+    else:
+        count = 2 if ".64" in name or ".WIDE" in name else 1
+    return range(int(first[1]), int(first[1]) + count)

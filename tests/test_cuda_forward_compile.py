@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass, replace
 
 import pytest
-from compiled import NEEDS_NVRTC
+from compiled import NEEDS_NVRTC, code_of, lost_operands
 
 from lla_compile import backends
 from lla_compile.backends.cuda import compiler, sweep_kernels
@@ -171,6 +171,7 @@ def test_tensor_cores(case, compiled):
         addresses = [address for address, name, _ in cubin.instructions if name.startswith("WARPGROUP.DEPBAR")]
         for loop in loops:
             assert sum(loop.start <= address <= loop.stop for address in addresses) <= WAITS[case.op]
+            assert not lost_operands(code_of(cubin, loop))
 
 
 @NEEDS_NVRTC

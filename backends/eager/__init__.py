@@ -12,7 +12,7 @@ from lla_compile.lowering import lower
 from lla_compile.plans import SCHEDULES, KernelConfig
 
 if TYPE_CHECKING:
-    from lla_compile.backends import Executable
+    from lla_compile.backends import Binary, Executable
     from lla_compile.devices import DeviceInfo
     from lla_compile.plans import Plan
     from lla_compile.spec import LLASpec
@@ -40,6 +40,8 @@ class EagerBackend:
         except NotImplementedError as error:
             return str(error)
         return None
+
+    unsupported_spec = unsupported
 
     def default_config(self, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
         if spec.phase == "decode":

@@ -30,11 +30,15 @@ class TritonBackend:
     def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton; Linux only)"
+        if resources.interpreting() and spec.dtype == "bfloat16":
+            return "Triton's interpreter cannot multiply bfloat16"
+        return self.unsupported_spec(spec, device)
+
+    def unsupported_spec(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         if spec.dtype not in ("float16", "bfloat16", "float32"):
             return f"{spec.dtype} has no tensor-core products; the eager backend runs it"
         if resources.interpreting():
-            # Triton's interpreter computes bfloat16 products wrongly.
-            return "Triton's interpreter cannot multiply bfloat16" if spec.dtype == "bfloat16" else None
+            return None
         if device.vendor != "nvidia":
             return f"{device.id} is not an NVIDIA GPU (set TRITON_INTERPRET=1 to interpret kernels on the CPU)"
         if float(device.compute_capability) < _MIN_COMPUTE_CAPABILITY:

@@ -192,7 +192,7 @@ class Launcher:
         return ends_q, ends_k, rows, keys
 
     def _bind(self, inputs, wanted: tuple[str, ...], ridge_tensor: bool, scale_tensor: bool, aligned: bool) -> _Bound:
-        spec, config, device = self._spec, self._plan.config, self._plan.device
+        spec, config = self._spec, self._plan.config
         module = module_of(spec, config, wanted)
         program = module.program
         packed = spec.num_sequences is not None
