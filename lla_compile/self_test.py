@@ -20,6 +20,7 @@ from lla_compile.tuner.presets import PRESETS, Preset
 from lla_compile.tuner.problem import Problem
 
 HEAD_DIM, SEQLEN, HEADS = 64, 128, 2
+_NOT_FINISHED = "not finished within the time of the self-test"
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ def _check(name: str, backend: Backend, problem: Problem, end: float) -> Check:
     # A compiler that is interrupted may say so in an error of its own.
     late = outcome.kind is Kind.TIMEOUT or outcome.kind is Kind.COMPILE and time.monotonic() >= end
     status = "ok" if outcome.kind is Kind.OK else "no time" if late else "broken"
-    error = outcome.error, outcome.error_limit, outcome.median_ms
-    return Check(name, spec.phase, status, *error, outcome.message)
+    message = _NOT_FINISHED if late and outcome.kind is Kind.COMPILE else outcome.message
+    return Check(name, spec.phase, status, outcome.error, outcome.error_limit, outcome.median_ms, message)
 
 
 def _preset(device: DeviceInfo) -> Preset:
@@ -100,7 +101,7 @@ def _until(end: float) -> Iterator[None]:
         return
 
     def expire(number, frame):
-        raise TimeoutError("not finished within the time of the self-test")
+        raise TimeoutError(_NOT_FINISHED)
 
     previous = signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, left)

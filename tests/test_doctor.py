@@ -11,6 +11,7 @@ from tune_landscape import Landscape
 from tuned import KEY, make_entry
 
 from lla_compile import backends, doctor, self_test, tune
+from lla_compile.backends import CompileError
 from lla_compile.cli import main
 from lla_compile.devices import identify_properties, resolve
 from lla_compile.tuner import evaluate
@@ -85,6 +86,19 @@ def test_the_time_of_the_self_test_is_limited_and_running_out_is_not_broken(land
     checks = self_test.self_test(resolve("cpu"), CPU, {"eager": landscape}, 0.5)
     assert time.monotonic() - begin < 5
     assert [check.status for check in checks] == ["no time"]
+
+
+def test_a_compiler_that_time_interrupts_says_no_more_than_that(landscape):
+    class Slow:
+        def __call__(self, config):
+            try:
+                time.sleep(30)
+            except TimeoutError as error:
+                raise CompileError("it did not compile: ^") from error
+
+    landscape._time = Slow()
+    (check,) = self_test.self_test(resolve("cpu"), CPU, {"eager": landscape}, 0.5)
+    assert (check.status, check.message) == ("no time", "not finished within the time of the self-test")
 
 
 def test_a_file_that_cannot_be_used_is_broken(landscape, tmp_path, capsys):
