@@ -38,17 +38,16 @@ def finds(recording: Recording, limit_ms: float, seed: int, trials: int) -> bool
     return False
 
 
-@pytest.mark.parametrize(("path", "above"), [(path, 1.01 if "predicted" in path.stem else 1.05) for path in SPACES])
-def test_sixty_trials_come_near_the_best_wherever_they_begin(path, above):
-    """From the slowest configuration in place of the heuristic default, which may be as good as the best. One per cent
-    where the model has made the space: two configurations of 192."""
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_sixty_trials_come_near_the_best_wherever_they_begin(path):
+    """From the slowest configuration in place of the heuristic default, which may be as good as the best."""
     recording = Recording.load(path)
     assert len(recording.outcomes) > 120
     correct = [config for config, outcome in recording.outcomes.items() if outcome.ok]
     slowest = max(correct, key=lambda config: recording.outcomes[config].median_ms)
     recording = replace(recording, default=slowest)
     with quiet_optuna():
-        found = sum(finds(recording, above * recording.best_ms, seed, 60) for seed in range(20))
+        found = sum(finds(recording, 1.05 * recording.best_ms, seed, 60) for seed in range(20))
     assert found >= 18
 
 
