@@ -25,7 +25,8 @@ from benchmarks.report import Benchmark, Target, common_parser, environment, pri
 from lla_compile.tuner.outcome import one_line
 
 _MODULES = (
-    forward, backends, training, varlen, decode, parallax, sweeps, backward_sweeps, accuracy, gradients, solver, memory, overhead
+    forward, backends, training, varlen, decode, parallax, sweeps, backward_sweeps, accuracy, gradients, solver, memory,
+    overhead,
 )  # fmt: skip
 BENCHMARKS = tuple(module.BENCHMARK for module in _MODULES)
 

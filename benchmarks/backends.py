@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from typing import Mapping
 
 import torch
 
+from benchmarks import planned
 from benchmarks.problems import Shape
 from benchmarks.report import Benchmark, Row, Target
-from benchmarks.timing import Launch, time_all
-from lla_compile import LLASpec, backends, plan
-from lla_compile.backends import Executable
-from lla_compile.plans import Plan
-from lla_compile.tuner.problem import Case
+from benchmarks.timing import time_all
+from lla_compile import LLASpec, plan
 
 RIDGE = 1.0
 PROBLEMS = (("lla", "forward", "fast"), ("lla", "forward", "accurate"), ("parallax", "forward", "accurate"),
@@ -37,10 +34,10 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
 
 def measure(spec: LLASpec, shape: Shape, options: argparse.Namespace, target: Target) -> list[Row]:
     """A row for each backend that takes the spec."""
-    plans = {name: plan(spec, device=target.info, backend=name) for name in _names(spec, target)}
-    case = Case(spec, target.device, "benchmark", lambda of: _bind(plan(of, device=target.info)))
+    names, case = planned.measured_backends(spec, target), planned.case(spec, target)
+    plans = {name: plan(spec, device=target.info, backend=name) for name in names}
     inputs = case.inputs(RIDGE if spec.solves else None)
-    launches = {name: _launch(_bind(chosen), inputs, case.ordinary) for name, chosen in plans.items()}
+    launches = {name: planned.launch(planned.bind(x), inputs, case.ordinary) for name, x in plans.items()}
     times, failures = time_all(launches, target, options.quick)
     rows = []
     for name, chosen in plans.items():
@@ -54,20 +51,6 @@ def measure(spec: LLASpec, shape: Shape, options: argparse.Namespace, target: Ta
                 row["triton_over_this"] = times["triton"].median_ms / times[name].median_ms
         rows.append(row)
     return rows
-
-
-def _names(spec: LLASpec, target: Target) -> list[str]:
-    """Eager PyTorch is measured where nothing else runs."""
-    names = [name for name in backends.NAMES if (name == "eager") != target.is_cuda]
-    return [name for name in names if not backends.get(name).unsupported(spec, target.info)]
-
-
-def _bind(chosen: Plan) -> Executable:
-    return backends.get(chosen.config.backend).bind(chosen)
-
-
-def _launch(executable: Executable, inputs: Mapping, outputs: tuple[str, ...]) -> Launch:
-    return lambda: executable(inputs, outputs)
 
 
 BENCHMARK = Benchmark(

@@ -5,19 +5,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from typing import Mapping
 
 import torch
 
+from benchmarks import planned
 from benchmarks.problems import Shape
 from benchmarks.report import Benchmark, Row, Target
-from benchmarks.timing import Launch, time_all
+from benchmarks.timing import time_all
 from lla_compile import LLASpec, backends, plan
-from lla_compile.backends import Executable
 from lla_compile.lowering import lower
 from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.tuner.outcome import one_line
-from lla_compile.tuner.problem import Case
 
 OPS = ("parallax", "softmax")
 SHAPES = {
@@ -41,17 +39,17 @@ def measure(spec: LLASpec, shape: Shape, options: argparse.Namespace, target: Ta
     keys = tuple(name for name in program.ordinary if name in program.key_outputs)
     of_rows = tuple(name for name in program.ordinary if name not in keys)
     wanted = {"backward": program.ordinary, "grad_q": of_rows, "grad_kv": keys}
-    inputs = Case(spec, target.device, "benchmark", lambda of: _bind(plan(of, device=target.info))).inputs(None)
+    inputs = planned.case(spec, target).inputs(None)
     rows, launches = [], {}
     for number, config in enumerate(_configs(spec, target)):
         row: Row = {**shape.as_row(), "op": spec.op, "config": config.as_dict()}
         rows.append(row)
         try:
-            executable = _bind(Plan(spec, target.info, config, Source.REQUESTED, 0.0, "a benchmark"))
+            executable = planned.bind(Plan(spec, target.info, config, Source.REQUESTED, 0.0, "a benchmark"))
         except Exception as error:  # recorded; the others still run
             row["failure"] = one_line(error)
             continue
-        launches |= {(number, name): _launch(executable, inputs, names) for name, names in wanted.items()}
+        launches |= {(number, name): planned.launch(executable, inputs, names) for name, names in wanted.items()}
     times, failures = time_all(launches, target, options.quick)
     for (number, name), error in failures.items():
         rows[number]["failure"] = f"{name}: {error}"
@@ -65,20 +63,9 @@ def measure(spec: LLASpec, shape: Shape, options: argparse.Namespace, target: Ta
 def _configs(spec: LLASpec, target: Target) -> list[KernelConfig]:
     """What is planned, and the default and its alternatives of every backend that takes the spec."""
     found = [plan(spec, device=target.info).config]
-    for name in backends.NAMES:
-        backend = backends.get(name)
-        if (name == "eager") == target.is_cuda or backend.unsupported(spec, target.info):
-            continue
+    for backend in map(backends.get, planned.measured_backends(spec, target)):
         found += [backend.default_config(spec, target.info), *backend.alternatives(spec, target.info)]
     return list(dict.fromkeys(found))
-
-
-def _bind(plan: Plan) -> Executable:
-    return backends.get(plan.config.backend).bind(plan)
-
-
-def _launch(executable: Executable, inputs: Mapping, names: tuple[str, ...]) -> Launch:
-    return lambda: executable(inputs, names)
 
 
 BENCHMARK = Benchmark(

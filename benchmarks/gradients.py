@@ -11,9 +11,10 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
+from benchmarks import planned
 from benchmarks.problems import Shape, gradient_errors
 from benchmarks.report import Benchmark, Row, Target
-from lla_compile import backends, plan
+from lla_compile import plan
 from lla_compile.autograd import GRADIENTS, TRAINED
 from lla_compile.lowering import INFO, SAVED
 from lla_compile.reference import lla_reference_backward
@@ -62,10 +63,11 @@ def both_passes(spec: LLASpec, target: Target, inputs: Mapping, grad_out: Tensor
         The outputs of the backward pass by name, and ``forward_iterations`` and ``forward_residual``.
     """
     inputs = {"scale": spec.head_dim**-0.5, **inputs}
-    forward = _bind(spec, target)(inputs, TRAINED)
+    forward = planned.bind(plan(spec, device=target.info))(inputs, TRAINED)
     saved = {name: forward[name] for name in SAVED}
     adjoint = replace(spec, phase="backward", cg_tol=None)  # its own default tolerance
-    backward = _bind(adjoint, target)(inputs | saved | {"grad_out": grad_out}, (*GRADIENTS, *INFO))
+    inputs |= saved | {"grad_out": grad_out}
+    backward = planned.bind(plan(adjoint, device=target.info))(inputs, (*GRADIENTS, *INFO))
     return dict(backward) | {
         "forward_iterations": forward["iterations"],
         "forward_residual": forward["final_residual"],
@@ -81,11 +83,6 @@ def solves(results: Mapping[str, Tensor]) -> Row:
         row[f"{prefix}iterations_max"] = results[iterations].max().item()
         row[f"{prefix}residual_max"] = results[residual].max().item()
     return row
-
-
-def _bind(spec: LLASpec, target: Target) -> backends.Executable:
-    chosen = plan(spec, device=target.info)
-    return backends.get(chosen.config.backend).bind(chosen)
 
 
 BENCHMARK = Benchmark(

@@ -9,9 +9,10 @@ import time
 
 import torch
 
+from benchmarks import planned
 from benchmarks.problems import Shape
 from benchmarks.report import Benchmark, Row, Target
-from lla_compile import backends, lla_attention, plan
+from lla_compile import lla_attention, plan
 
 _IMPORT = "import time, torch; start = time.perf_counter(); import lla_compile; print(time.perf_counter() - start)"
 _IN_FLIGHT = 64  # launches between waits, so that the host never meets a full queue
@@ -23,10 +24,9 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
     shape = Shape(64, 64, 1) if target.is_cuda else Shape(1, 1, 1)
     q, k, v = shape.inputs(options.dtype, target.device)
     chosen = plan(q, k, v)
-    bare = backends.get(chosen.config.backend).bind(chosen)
     inputs = {"q": q, "k": k, "v": v, "ridge": 1.0, "scale": shape.head_dim**-0.5}
     launches = {
-        "bare launch": lambda: bare(inputs, ("out",)),
+        "bare launch": planned.launch(planned.bind(chosen), inputs, ("out",)),
         "lla_attention": lambda: lla_attention(q, k, v, 1.0),
     }
     times = host_times(launches, target, 200 if options.quick else 4000)

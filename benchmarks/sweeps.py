@@ -9,10 +9,11 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks import planned
 from benchmarks.problems import Shape
 from benchmarks.report import Benchmark, Row, Target
 from benchmarks.timing import Launch, time_all
-from lla_compile import backends, plan
+from lla_compile import plan
 from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.spec import PRECISIONS
 from lla_compile.tuner.outcome import one_line
@@ -33,9 +34,7 @@ def run(options: argparse.Namespace, target: Target) -> list[Row]:
         shapes = [Shape(4096, 64, 32), Shape(4096, 128, 32), Shape(16384, 64, 16), Shape(16384, 128, 16)]
     else:
         shapes = [Shape(1024, 64, 4)]
-    return [
-        measure(shape, precision, options, target) for shape, precision in itertools.product(shapes, PRECISIONS)
-    ]
+    return [measure(shape, precision, options, target) for shape, precision in itertools.product(shapes, PRECISIONS)]
 
 
 def measure(shape: Shape, precision: str, options: argparse.Namespace, target: Target) -> Row:
@@ -73,9 +72,8 @@ def _configured(config: KernelConfig, text: str | None) -> KernelConfig:
 
 
 def _launch(plan: Plan, inputs: tuple) -> Launch:
-    executable = backends.get(plan.config.backend).bind(plan)
     named = dict(zip("qkv", inputs)) | {"ridge": 1.0, "scale": plan.spec.head_dim**-0.5}
-    return lambda: executable(named, ("out",))
+    return planned.launch(planned.bind(plan), named, ("out",))
 
 
 BENCHMARK = Benchmark(

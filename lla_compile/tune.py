@@ -28,7 +28,7 @@ from lla_compile import backends
 from lla_compile.devices import DeviceInfo, identify, resolve
 from lla_compile.prediction.model import require_rates
 from lla_compile.spec import DTYPES, OPS, PHASES, PRECISIONS, SOLVING_OPS, LLASpec
-from lla_compile.tuner import fleet, verify
+from lla_compile.tuner import fleet, trials_file, verify
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.evaluate import synchronize
 from lla_compile.tuner.grid import Grid
@@ -41,7 +41,6 @@ from lla_compile.tuner.progress import ProgressReport, make_console, print_resul
 from lla_compile.tuner.session import KeyResult, Settings, Watcher, begin_key, tune_key
 from lla_compile.tuner.storage import open_storage
 from lla_compile.tuner.study import quiet_optuna
-from lla_compile.tuner.trials_file import TrialsFile
 from lla_compile.tuner.writer import out_file, require_writable
 from lla_compile.tuning_db import DatabaseError, Entry
 
@@ -240,7 +239,7 @@ def _tune(problems: Sequence[Problem], settings: Settings, trials_out: Path | No
         opening = f"Predicting {what}, which is not in this machine: times come from a model, none is measured"
     console.print(opening, markup=False, soft_wrap=True)
     report = ProgressReport(console, len(problems))
-    watcher = TrialsFile(trials_out, report) if trials_out else report
+    watcher = trials_file.following(report, trials_out)
     code, ending = EXIT_OK, ""
     try:
         with report:

@@ -76,11 +76,7 @@ def test_machine_code(case):
         assert blocks * (kernel.shared + 1024) <= H200.shared_memory_per_sm
         [loop] = [loop for loop in cubin.loops if loop["HGMMA"]]
         assert not loop["LDG"] and not loop["LDGSTS"]
-        code = [
-            (name, operands.strip())
-            for address, name, operands in cubin.instructions
-            if loop.start <= address <= loop.stop
-        ]
+        code = code_of(cubin, loop)
         assert not lost_operands(code)
         waits = [number for number, (name, _) in enumerate(code) if name.startswith("WARPGROUP.DEPBAR")]
         assert len(waits) == 3

@@ -30,15 +30,15 @@ class TritonBackend:
     def unsupported(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton; Linux only)"
-        if resources.interpreting() and spec.dtype == "bfloat16":
-            return "Triton's interpreter cannot multiply bfloat16"
-        return self.unsupported_spec(spec, device)
+        if not resources.interpreting():
+            return self.unsupported_spec(spec, device)
+        if spec.dtype == "bfloat16":
+            return "Triton's interpreter cannot multiply bfloat16"  # it gets the products wrong
+        return _unsupported_type(spec)
 
     def unsupported_spec(self, spec: LLASpec, device: DeviceInfo) -> str | None:
-        if spec.dtype not in ("float16", "bfloat16", "float32"):
-            return f"{spec.dtype} has no tensor-core products; the eager backend runs it"
-        if resources.interpreting():
-            return None
+        if reason := _unsupported_type(spec):
+            return reason
         if device.vendor != "nvidia":
             return f"{device.id} is not an NVIDIA GPU (set TRITON_INTERPRET=1 to interpret kernels on the CPU)"
         if float(device.compute_capability) < _MIN_COMPUTE_CAPABILITY:
@@ -114,6 +114,12 @@ class TritonBackend:
         else:
             from lla_compile.backends.triton.launcher import Launcher as Bound
         return Bound(plan)
+
+
+def _unsupported_type(spec: LLASpec) -> str | None:
+    if spec.dtype in ("float16", "bfloat16", "float32"):
+        return None
+    return f"{spec.dtype} has no tensor-core products; the eager backend runs it"
 
 
 def _choices(spec: LLASpec):

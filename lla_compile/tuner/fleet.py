@@ -16,6 +16,7 @@ import torch
 
 from lla_compile.devices import DeviceInfo
 from lla_compile.spec import LLASpec
+from lla_compile.tuner import trials_file
 from lla_compile.tuner.compile_pool import CompilePool, worker_count
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost
@@ -25,7 +26,6 @@ from lla_compile.tuner.progress import ProgressReport, make_console
 from lla_compile.tuner.session import Settings, explore_key
 from lla_compile.tuner.storage import open_storage
 from lla_compile.tuner.study import quiet_optuna
-from lla_compile.tuner.trials_file import TrialsFile
 
 # A process that was told to end has this long to fail its trials, so that others can take them at once.
 _END_TIMEOUT_S = 30.0
@@ -103,7 +103,7 @@ def _work(task: Task, device_name: str, compilers: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     report = ProgressReport(make_console(force_terminal=False), len(task.specs), label=device_name)
-    watcher = TrialsFile(task.trials_out, report) if task.trials_out else report
+    watcher = trials_file.following(report, task.trials_out)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_optuna())
         interruption = stack.enter_context(Interruption())

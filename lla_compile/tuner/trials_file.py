@@ -11,6 +11,11 @@ from lla_compile.tuner.session import KeyResult, Watcher
 from lla_compile.tuner.study import Record
 
 
+def following(watcher: Watcher, path: Path | None) -> Watcher:
+    """``watcher``, with its trials appended to a file if there is one to append to."""
+    return TrialsFile(path, watcher) if path else watcher
+
+
 class TrialsFile:
     """A watcher that appends what it sees to a file, and passes it on.
 
