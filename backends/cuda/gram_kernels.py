@@ -28,6 +28,7 @@ _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
 # Solves on a multiprocessor at once, each with its matrix in registers; from 10.0 on two of them spill.
 _SOLVE_BLOCKS, _SOLVE_BLOCKS_UP_TO = 2, 9.0
 _PART_BYTES = 112
+_ONES_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ def _mma_shared(config: KernelConfig, width: int, width_v: int) -> int:
 
 def _wgmma_shared(config: KernelConfig, width: int, width_v: int) -> int:
     tiles = 2 * config.num_stages * config.block_k * (width + width_v)
-    barriers = 2 * 8 * config.num_stages
+    barriers = 8 * (2 * config.num_stages + 1)
     sums = 4 * (config.num_stages * config.block_k + 4 * width_v)
-    return _aligned(tiles + barriers + _PART_BYTES + sums + _scratch(width))
+    return _aligned(tiles + _ONES_BYTES + barriers + _PART_BYTES + sums + _scratch(width))
 
 
 def _solve_shared(width: int, width_v: int) -> int:

@@ -20,6 +20,8 @@ struct Shared {
     float weights[2][BLOCK_K];
     Scratch scratch;
     Part part;  // here rather than in every thread's registers, which the sums fill
+
+    DEVICE void meet(int) { sync_block(); }
 };
 
 // Of one warp: the sums of weighted keys with keys or values, and the narrow ones, of weighted keys or of values alone.
@@ -187,6 +189,6 @@ KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
             sum_part<1>(sums, weights, shared, part, shift, thread);
         }
         store_sums(sums, part.state, warp, lane);
-        again = finish<WARPS>(weights, part, shared.scratch);
+        again = finish<WARPS>(weights, shared);
     }
 }

@@ -5,7 +5,7 @@
 // the tile in shared memory. Products run on their own: meanwhile the weighted keys of the next tile are made.
 #include <gram_part.cuh>
 #include <gram_shares.cuh>
-#include <ptx_sm90.cuh>
+#include <products_sm90.cuh>
 
 constexpr int GROUP = 128;
 constexpr int ROW_GROUPS = BLOCK_D / 64;
@@ -17,24 +17,28 @@ constexpr int ROW_REGISTERS = ROW_GROUPS == 1 ? 152 : 208;
 constexpr int COPY_REGISTERS = ROW_GROUPS == 1 ? 104 : 88;
 constexpr int STEPS = BLOCK_K / 16;
 constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
+constexpr int ONES_ROW = 32;  // bytes, the least of an operand
 // Tiles that are being copied. The others are: one multiplied, one whose weighted keys are made, one weighed.
 constexpr int AHEAD = STAGES - 3;
+// Whether what is loaded from a tile is under way while other tiles' copies are started and while weights are made: nobody
+// else hides those waits, but addresses of pages leave no registers for it.
+constexpr bool EARLY = !PAGE_SIZE;
 
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];
+    uint8_t ones[16 * ONES_ROW];  // the right operand of products that sum rows
     uint64_t full[STAGES], empty[STAGES];  // a stage is weighed; nobody needs it any more
+    uint64_t met;                          // by all threads of the block
     Part part;
     float weights[STAGES][BLOCK_K];
     float value_sums[4][BLOCK_DV];  // of each warp
     Scratch scratch;
-};
 
-// Which stage the next tile has, and how often the stages have been gone through.
-struct Turn {
-    int stage = 0, parity = 0;
-
-    DEVICE void next() {
-        if (++stage == STAGES) stage = 0, parity ^= 1;
+    // The warps that weigh do it elsewhere in the code than those that own rows, which the block's own barrier does not
+    // allow.
+    DEVICE void meet(int parity) {
+        arrive(&met);
+        wait_phase(&met, parity);
     }
 };
 
@@ -107,16 +111,30 @@ DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) 
     const float* value_weights = shared.weights[0] + first + lane / ValueShare::LANES;
 #pragma unroll 1
     for (int tile = 0; tile < copies.tiles; ++tile) {
-        copies.start(tile + AHEAD, shared);
-        wait_copies<AHEAD>();
+        wait_copies<AHEAD - 1>();
         sync_some<1, GROUP>();  // the tile is there for all of the group
-        uint32_t stage = shared_address(shared.stages[turn.stage]);
-        if (BLOCK_K % 64 == 0 || first < BLOCK_K) {
+        uint32_t stage = shared_address(shared.stages[turn.stage]), value_tile = stage + KeyTile::BYTES;
+        KeyShare::Pair first_keys, last_keys;
+        bool has_keys = BLOCK_K % 64 == 0 || first < BLOCK_K;
+        if (!EARLY) copies.start(tile + AHEAD, shared);
+        if (has_keys) keys.fetch<0>(first_keys, stage);
+        if (EARLY) copies.start(tile + AHEAD, shared);
+        if (has_keys) {
+            ValueShare::Half first_values, last_values;
+            float dots[4];
+            keys.fetch<1>(last_keys, stage);
+            dots[0] = keys.query.times(first_keys[0]), dots[1] = keys.query.times(first_keys[1]);
+            dots[2] = keys.query.times(last_keys[0]), dots[3] = keys.query.times(last_keys[1]);
+            if (EARLY) values.fetch<0>(first_values, value_tile);
             bool seen = copies.is_whole(tile) || part.sees(part.start + tile * BLOCK_K + own_key);
-            float weight = weights.weigh(keys.dot_product_of_lane(stage, lane), seen, counts);
+            float weight = weights.weigh(keys.product_of_lane(dots, lane), seen, counts);
             if (counts) shared.weights[turn.stage][own_key] = weight;
             sync_warp();
-            values.add(value_weights + turn.stage * BLOCK_K, stage + KeyTile::BYTES);
+            if (!EARLY) values.fetch<0>(first_values, value_tile);
+            values.fetch<1>(last_values, value_tile);
+            const float* from = value_weights + turn.stage * BLOCK_K;
+            values.add(from, first_values);
+            values.add(from + 8, last_values);
         }
         arrive_as_warp(&shared.full[turn.stage], lane);
         turn.next();
@@ -136,13 +154,13 @@ DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) 
 struct Sums {
     float keys[BLOCK_D / 8][4];
     float values[BLOCK_DV / 8][4];
-    float row[2];  // of the weighted keys alone, of the thread's own columns
+    float row[1][4];  // of the weighted keys alone; its columns are the same
 };
 
-// Wait for the tile and make its weighted keys, sixteen rows of them, and their sum.
+// Wait for the tile and make its weighted keys, sixteen rows of them.
 template <int COUNT>
-DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Sums& sums, Shared& shared, const Turn& turn,
-                          const float (&shift)[2], int row, int lane) {
+DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, const Turn& turn, const float (&shift)[2],
+                          int row, int lane) {
     lane = anew(lane);
     wait_phase(&shared.full[turn.stage], turn.parity);
     show_to_products();
@@ -151,11 +169,6 @@ DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Sums& sums, Sha
     for (int step = 0; step < STEPS; ++step) {
         FourWeights four(shared.weights[turn.stage] + 16 * step, lane);
         weigh_keys(weighted[step], tile + left_operand<KeyTile>(16 * step, row, lane), four, shift);
-#pragma unroll
-        for (int n = 0; n < 4 * COUNT; ++n) {
-            uint32_t pair = weighted[step][n / 4][n % 4];
-            sums.row[n % 2] += low_half(pair) + high_half(pair);
-        }
     }
 }
 
@@ -163,29 +176,26 @@ DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Sums& sums, Sha
 template <int COUNT>
 DEVICE void hold_weighted(uint32_t (&weighted)[STEPS][COUNT][4]) {
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-        for (int term = 0; term < COUNT; ++term) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) hold(weighted[step][term][i]);
-        }
-    }
+    for (int step = 0; step < STEPS; ++step) hold_all(weighted[step]);
 }
 
 template <int COUNT>
 DEVICE void start_products(Sums& sums, uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, const Turn& turn) {
-    uint32_t keys = shared_address(shared.stages[turn.stage]), values = keys + KeyTile::BYTES;
+    constexpr int KEY_ROW = 2 * KeyTile::PANEL, VALUE_ROW = 2 * ValueTile::PANEL;
+    uint32_t stage = shared_address(shared.stages[turn.stage]);
+    uint64_t keys = describe_operand(stage, KEY_ROW, KeyTile::PANEL_BYTES);
+    uint64_t values = describe_operand(stage + KeyTile::BYTES, VALUE_ROW, ValueTile::PANEL_BYTES);
+    uint64_t ones = describe_operand(shared_address(shared.ones), ONES_ROW, 0);
     hold_weighted(weighted);
     begin_products();
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        constexpr int KEY_ROW = 2 * KeyTile::PANEL, VALUE_ROW = 2 * ValueTile::PANEL;
-        uint64_t key_operand = describe_operand(keys + 16 * step * KEY_ROW, KEY_ROW, KeyTile::PANEL_BYTES);
-        uint64_t value_operand = describe_operand(values + 16 * step * VALUE_ROW, VALUE_ROW, ValueTile::PANEL_BYTES);
 #pragma unroll
         for (int term = 0; term < COUNT; ++term) {
-            multiply_group(sums.keys, weighted[step][term], key_operand);
-            multiply_group(sums.values, weighted[step][term], value_operand);
+            const uint32_t(&left)[4] = weighted[step][term];
+            multiply_group(sums.keys, left, further(keys, step * KEY_ROW));  // 16 rows, in units of 16 bytes
+            multiply_group(sums.values, left, further(values, step * VALUE_ROW));
+            multiply_group(sums.row, left, ones);
         }
     }
     commit_products();
@@ -202,19 +212,19 @@ DEVICE void end_products(uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, 
 DEVICE void sum_in_one_term(Sums& sums, Turn& turn, Shared& shared, const float (&shift)[2], int row, int lane) {
     int tiles = shared.part.tiles();
     uint32_t even[STEPS][1][4], odd[STEPS][1][4];
-    make_weighted(even, sums, shared, turn, shift, row, lane);
+    make_weighted(even, shared, turn, shift, row, lane);
 #pragma unroll 1
     for (int tile = 0;; tile += 2) {
         Turn next = turn;
         next.next();
         start_products(sums, even, shared, turn);
-        if (tile + 1 < tiles) make_weighted(odd, sums, shared, next, shift, row, lane);
+        if (tile + 1 < tiles) make_weighted(odd, shared, next, shift, row, lane);
         end_products(even, shared, turn, lane);
         turn = next;
         if (tile + 1 >= tiles) break;
         next.next();
         start_products(sums, odd, shared, turn);
-        if (tile + 2 < tiles) make_weighted(even, sums, shared, next, shift, row, lane);
+        if (tile + 2 < tiles) make_weighted(even, shared, next, shift, row, lane);
         end_products(odd, shared, turn, lane);
         turn = next;
         if (tile + 2 >= tiles) break;
@@ -227,40 +237,30 @@ DEVICE void sum_in_two_terms(Sums& sums, Turn& turn, Shared& shared, const float
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
         uint32_t weighted[STEPS][2][4];
-        make_weighted(weighted, sums, shared, turn, shift, row, lane);
+        make_weighted(weighted, shared, turn, shift, row, lane);
         start_products(sums, weighted, shared, turn);
         end_products(weighted, shared, turn, lane);
         turn.next();
     }
 }
 
-DEVICE void store_sums(Sums& sums, float* state, int row, int lane) {
-    row = anew(row), lane = anew(lane);
-#pragma unroll
-    for (int n = 0; n < BLOCK_D / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) hold(sums.keys[n][i]);
-    }
-#pragma unroll
-    for (int n = 0; n < BLOCK_DV / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) hold(sums.values[n][i]);
-    }
+DEVICE void store_sums(Sums& sums, float* state) {
+    int thread = thread_anew(), row = thread / 32 * 16, lane = thread % 32;
+    hold_all(sums.keys), hold_all(sums.values), hold_all(sums.row);
     store_rows<BLOCK_D>(state + KEYS_AT, sums.keys, row + lane / 4, lane);
     store_rows<BLOCK_DV>(state + VALUES_AT, sums.values, row + lane / 4, lane);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float sum = sums.row[half] + from_lane_xor(sums.row[half], 1);
-        sum += from_lane_xor(sum, 2);
-        if (lane % 4 == 0) state[KEY_SUM_AT + row + lane / 4 + 8 * half] = sum;
-    }
+    if (lane % 4) return;
+    state[KEY_SUM_AT + row + lane / 4] = sums.row[0][0];
+    state[KEY_SUM_AT + row + lane / 4 + 8] = sums.row[0][2];
 }
 
 KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    if (thread < sizeof(shared.ones) / 4) reinterpret_cast<uint32_t*>(shared.ones)[thread] = PAIR_OF_ONES;
     if (thread == 0) {
         shared.part = Part(g, blockIdx.x);
+        init_barrier(&shared.met, THREADS);
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(&shared.full[stage], 4);
             init_barrier(&shared.empty[stage], ROW_WARPS);
@@ -281,7 +281,7 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
         for (bool again = true; again;) {
             Weights weights(shared.scratch);
             weigh(copies, turn, weights, shared);
-            again = finish<WARPS>(weights, part, shared.scratch);
+            again = finish<WARPS>(weights, shared);
             if (again) copies.begin(shared);
         }
     } else {
@@ -296,8 +296,8 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
             } else {
                 sum_in_one_term(sums, turn, shared, shift, row, lane);
             }
-            store_sums(sums, part.state, row, lane);
-            again = finish<WARPS>(Weights(shared.scratch), part, shared.scratch);
+            store_sums(sums, part.state);
+            again = finish<WARPS>(Weights(shared.scratch), shared);
         }
     }
 }

@@ -36,7 +36,7 @@ class Path:
         name: of the kernel; its source is ``<name>.cu``.
         group_rows: rows that the warps of an instruction hold together; None for all of the block's.
         copy_warps: warps that hold no rows.
-        barriers: of a stage, in shared memory.
+        barriers: of a stage, in shared memory; where warps copy, the block has one more.
         waiting_registers: of a thread with rows, for each vector that waits in memory.
         row_registers: that a thread with rows can have, by the rows of its block.
         block_q, block_k, stages: values worth trying, as few stages as there can be first.
@@ -152,13 +152,14 @@ def shared_memory(
 ) -> int:
     """Bytes of struct Shared in stream_wgmma.cuh or stream_mma.cuh."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    barriers = path(spec, device).barriers
-    stages = config.num_stages * (config.block_k * max(width, width_v) * _INPUT_BYTES + barriers * _BARRIER_BYTES)
+    kernel = path(spec, device)
+    stages = config.num_stages * config.block_k * max(width, width_v) * _INPUT_BYTES
+    barriers = (config.num_stages * kernel.barriers + bool(kernel.copy_warps)) * _BARRIER_BYTES
     inputs = len(print_sweeps(spec.op, spec.phase).program.row_inputs)
     operands = (inputs if spec.terms == 1 else inputs + spec.terms) * _INPUT_BYTES
     rows = config.block_q * (width * (operands + parked_vectors * _FLOAT_BYTES) + max(1, parked_rows) * _FLOAT_BYTES)
     flags = 2 * config.block_q // _WARP_ROWS * 4
-    return -(-(stages + rows + flags + _TILE_BYTES) // _ALIGNMENT) * _ALIGNMENT
+    return -(-(stages + barriers + rows + flags + _TILE_BYTES) // _ALIGNMENT) * _ALIGNMENT
 
 
 def max_tiles(spec: LLASpec, config: KernelConfig) -> int:

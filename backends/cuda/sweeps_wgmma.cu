@@ -8,6 +8,7 @@ KERNEL(THREADS, BLOCKS) sweeps_wgmma(PARAMETER SweepArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     if (threadIdx.x == 0) {
         shared.tile = QueryTile(g, blockIdx.x);
+        init_barrier(&shared.met, THREADS);
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(&shared.full[stage], GROUP);
             init_barrier(&shared.empty[stage], 4 * ROW_GROUPS);

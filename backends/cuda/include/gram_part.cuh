@@ -73,11 +73,13 @@ DEVICE void dot_products(float (&dots)[2], uint32_t key_tile, int first, const u
     dots[1] = sum[0][2] + sum[1][2];
 }
 
+constexpr int MAX_WARPS = 16;
+
 // Shared memory of a block beside its tiles.
 struct Scratch {
     uint16_t query[BLOCK_D];
     float shift[BLOCK_D];
-    float per_warp[32];
+    float largest[MAX_WARPS], sums[MAX_WARPS];  // of each warp
     float factor, reference;  // of scores and weights, see Weights
 };
 
@@ -130,17 +132,14 @@ DEVICE float warp_sum(float x) {
     return x;
 }
 
-// The largest x of a block of WARPS warps; every thread calls it and gets it.
+// Of what the warps have left in `scratch`, after they have met.
 template <int WARPS>
-DEVICE float block_max(float x, float* per_warp, int thread) {
-    x = warp_max(x);
-    sync_block();  // whoever still reads an earlier maximum
-    if (thread % 32 == 0) per_warp[thread / 32] = x;
-    sync_block();
-    x = per_warp[0];
+DEVICE float largest_of_block(const Scratch& scratch) {
+    static_assert(WARPS <= MAX_WARPS);
+    float largest = scratch.largest[0];
 #pragma unroll
-    for (int warp = 1; warp < WARPS; ++warp) x = fmaxf(x, per_warp[warp]);
-    return x;
+    for (int warp = 1; warp < WARPS; ++warp) largest = fmaxf(largest, scratch.largest[warp]);
+    return largest;
 }
 
 // Called by all threads before the first pass over the keys. The query's first tile gives the reference of its
@@ -178,30 +177,34 @@ DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile,
         scratch.shift[d] = shift;
         part.state[SHIFT_AT + d] = shift;
     }
-    float reference = block_max<WARPS>(largest, scratch.per_warp, thread);
-    if (thread == 0) scratch.factor = factor, scratch.reference = reference;
+    largest = warp_max(largest);
+    if (thread % 32 == 0) scratch.largest[thread / 32] = largest;
+    sync_block();
+    if (thread == 0) scratch.factor = factor, scratch.reference = largest_of_block<WARPS>(scratch);
     sync_block();
 }
 
-// Called by all threads after a pass over the keys: leaves the sum of the
-// weights. Whether the reference was too low and another pass, with a higher one, has to be made.
-template <int WARPS>
-DEVICE bool finish(const Weights& weights, const Part& part, Scratch& scratch) {
+// Called by all threads after a pass over the keys: leaves the sum of the weights. Whether the reference was too low and
+// another pass, with a higher one, has to be made. `shared.meet(parity)` returns once all threads have called it; they meet
+// twice before another pass, so that parities alternate.
+template <int WARPS, class Shared>
+DEVICE bool finish(const Weights& weights, Shared& shared) {
+    Scratch& scratch = shared.scratch;
     int thread = thread_anew();
-    float largest = block_max<WARPS>(weights.largest, scratch.per_warp, thread);
-    float sum = warp_sum(weights.sum), reference = scratch.reference;
-    sync_block();
-    if (thread % 32 == 0) scratch.per_warp[thread / 32] = sum;
-    sync_block();
+    float reference = scratch.reference, own_largest = warp_max(weights.largest), own_sum = warp_sum(weights.sum);
+    if (thread % 32 == 0) scratch.largest[thread / 32] = own_largest, scratch.sums[thread / 32] = own_sum;
+    shared.meet(0);
+    float largest = largest_of_block<WARPS>(scratch);
+    bool again = largest > reference + HEADROOM;
     if (thread == 0) {
         float omega = 0;
-        for (int warp = 0; warp < WARPS; ++warp) omega += scratch.per_warp[warp];
-        part.state[0] = reference;
-        part.state[1] = omega;
-        scratch.reference = fmaxf(reference, largest);
+        for (int warp = 0; warp < WARPS; ++warp) omega += scratch.sums[warp];
+        shared.part.state[0] = reference;
+        shared.part.state[1] = omega;
+        if (again) scratch.reference = largest;
     }
-    sync_block();
-    return largest > reference + HEADROOM;
+    if (again) shared.meet(1);
+    return again;
 }
 
 // Where a lane points load_matrices_transposed for 16 keys x 16 columns of a tile as a left operand of 16 rows.

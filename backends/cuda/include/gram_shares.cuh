@@ -18,17 +18,14 @@ struct QueryChunks {
         }
     }
 
-    // With the key whose chunk of the first panel is at `address`.
-    DEVICE float times(uint32_t address) const {
+    DEVICE float times(const uint32_t (&key)[COUNT][CHUNK / 2]) const {
         float sums[2] = {};
 #pragma unroll
         for (int panel = 0; panel < COUNT; ++panel) {
-            uint32_t pairs[CHUNK / 2];
-            load_shared_16(pairs, address + panel * KeyTile::PANEL_BYTES);
 #pragma unroll
             for (int i = 0; i < CHUNK / 2; ++i) {
-                sums[0] += low_half(pairs[i]) * x[panel][2 * i];
-                sums[1] += high_half(pairs[i]) * x[panel][2 * i + 1];
+                sums[0] += low_half(key[panel][i]) * x[panel][2 * i];
+                sums[1] += high_half(key[panel][i]) * x[panel][2 * i + 1];
             }
         }
         return sums[0] + sums[1];
@@ -40,6 +37,7 @@ DEVICE int key_of_lane(int lane) { return 8 * (lane / 4 % 2) + 4 * (lane / 2 % 2
 
 // What a lane reads of the sixteen keys from `first` on. Rows that are eight apart are permuted alike.
 struct KeyShare {
+    using Pair = uint32_t[2][QueryChunks::COUNT][CHUNK / 2];  // of two of the lane's four keys
     QueryChunks query;
     uint32_t offsets[2];
 
@@ -48,10 +46,20 @@ struct KeyShare {
         for (int i = 0; i < 2; ++i) offsets[i] = KeyTile::offset(first + 4 * i + lane / 8, lane % 8);
     }
 
-    DEVICE float dot_product_of_lane(uint32_t key_tile, int lane) const {
-        float dots[4];
+    template <int NUMBER>
+    DEVICE void fetch(Pair& keys, uint32_t key_tile) const {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) dots[i] = query.times(key_tile + offsets[i % 2] + i / 2 * 8 * ROW_BYTES<KeyTile>);
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int panel = 0; panel < QueryChunks::COUNT; ++panel) {
+                load_shared_16(keys[i][panel], key_tile + offsets[i] + NUMBER * 8 * ROW_BYTES<KeyTile> +
+                                                   panel * KeyTile::PANEL_BYTES);
+            }
+        }
+    }
+
+    // Of the lane's share of four keys: the product with the key that it ends up with.
+    DEVICE float product_of_lane(float (&dots)[4], int lane) const {
         // Each exchange leaves half of the sums, then there is one.
 #pragma unroll
         for (int half = 2; half; half /= 2) {
@@ -68,7 +76,8 @@ struct KeyShare {
 
 // Weighted values of the keys that a lane looks at: the chunk of its number among lanes that share a key.
 struct ValueShare {
-    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES, PERIOD = KEYS < 8 ? 8 / KEYS : 1;
+    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES, PERIOD = KEYS < 8 ? 8 / KEYS : 1, IN_HALF = 8 / KEYS;
+    using Half = uint32_t[IN_HALF][CHUNK / 2];
     float x[CHUNK] = {};
     uint32_t offsets[PERIOD];
 
@@ -77,17 +86,25 @@ struct ValueShare {
         for (int i = 0; i < PERIOD; ++i) offsets[i] = ValueTile::offset(first + i * KEYS + lane / LANES, lane % LANES);
     }
 
-    // `weights` are those of the lane's keys, KEYS apart.
-    DEVICE void add(const float* weights, uint32_t value_tile) {
+    // Half of the lane's keys.
+    template <int NUMBER>
+    DEVICE void fetch(Half& values, uint32_t value_tile) const {
 #pragma unroll
-        for (int i = 0; i < 16 / KEYS; ++i) {
+        for (int i = 0; i < IN_HALF; ++i) {
+            int at = NUMBER * IN_HALF + i;
+            load_shared_16(values[i], value_tile + offsets[at % PERIOD] + at / PERIOD * 8 * ROW_BYTES<ValueTile>);
+        }
+    }
+
+    // `weights` are those of the half's keys, KEYS apart.
+    DEVICE void add(const float* weights, const Half& values) {
+#pragma unroll
+        for (int i = 0; i < IN_HALF; ++i) {
             float weight = weights[i * KEYS];
-            uint32_t pairs[CHUNK / 2];
-            load_shared_16(pairs, value_tile + offsets[i % PERIOD] + i / PERIOD * 8 * ROW_BYTES<ValueTile>);
 #pragma unroll
             for (int n = 0; n < CHUNK / 2; ++n) {
-                x[2 * n] += weight * low_half(pairs[n]);
-                x[2 * n + 1] += weight * high_half(pairs[n]);
+                x[2 * n] += weight * low_half(values[i][n]);
+                x[2 * n + 1] += weight * high_half(values[i][n]);
             }
         }
     }

@@ -67,6 +67,13 @@ DEVICE void hold(uint32_t& x) { asm volatile("" : "+r"(x)::"memory"); }
 DEVICE void hold(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 
 // sum += a b: 64 x 8 TILES += (64 x 16) (16 x 8 TILES); every warp has sixteen rows of a and of the sum.
+DEVICE void multiply_group(float (&sum)[1][4], const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32." OPERANDS " "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, 1, 1, 1, 1;"
+            : SUM_OF_TILE(0)
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
 DEVICE void multiply_group(float (&sum)[2][4], const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
         "wgmma.mma_async.sync.aligned.m64n16k16.f32." OPERANDS " "

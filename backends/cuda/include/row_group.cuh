@@ -38,6 +38,7 @@ template <bool VALUES>
 using StreamedTile = typename Streamed<VALUES>::Tile;
 
 // What groups of rows still want, as bits: all threads of the block say so together, once before every turn of a loop.
+// `shared.meet(parity)` returns once all of them have called it; parities alternate.
 struct Flags {
     int mine, all;  // of the calling thread's group, and of any
 
@@ -45,13 +46,14 @@ struct Flags {
     DEVICE bool none() const { return !all; }
 };
 
-DEVICE Flags vote(int flags, SharedRows& shared, int& parity) {
+template <class Shared>
+DEVICE Flags vote(int flags, Shared& shared, int& parity) {
     int warp = threadIdx.x / 32, mine = 0, all = 0;
     if (warp < ROW_WARPS) {
         int seen = any_lane(flags);
         if (Rows::lane() == 0) shared.flags[parity][warp] = seen;
     }
-    sync_block();
+    shared.meet(parity);
 #pragma unroll
     for (int other = 0; other < ROW_WARPS; ++other) {
         int seen = shared.flags[parity][other];
@@ -103,8 +105,6 @@ struct RowGroup {
                                                  first + row < tile.queries, left < CHUNK ? left > 0 ? left : 0 : CHUNK);
         }
     }
-
-    DEVICE Flags vote(int flags) { return ::vote(flags, shared, parity); }
 
     // Row numbers that are given as one number or as a tensor.
     DEVICE Row given(const float* from, float number_of_all, const int64_t (&strides)[3]) const {

@@ -8,11 +8,17 @@
 
 constexpr int THREADS = GROUP;
 
-using Shared = SharedRows;
+struct Shared : SharedRows {
+    DEVICE void meet(int) { sync_block(); }
+};
 
 // The rows of a block and the sweeps that stream keys past them.
 struct Group : RowGroup {
-    DEVICE Group(const SweepArguments& g, Shared& shared) : RowGroup(g, shared) { sync_block(); }
+    Shared& shared;
+
+    DEVICE Group(const SweepArguments& g, Shared& shared) : RowGroup(g, shared), shared(shared) { sync_block(); }
+
+    DEVICE Flags vote(int flags) { return ::vote(flags, shared, parity); }
 
     // There is one group, which takes part in every pass.
     template <bool VALUES>

@@ -15,6 +15,14 @@ constexpr int ROW_REGISTERS = ROW_GROUPS == 3 ? 160 : BLOCKS == 2 ? 232 : 240;
 
 struct Shared : SharedRows {
     uint64_t full[STAGES], empty[STAGES];
+    uint64_t met;  // by all threads of the block
+
+    // The warps that copy do it elsewhere in the code than those that hold rows, which the block's own barrier does not
+    // allow.
+    DEVICE void meet(int parity) {
+        arrive(&met);
+        wait_phase(&met, parity);
+    }
 };
 
 // ---- the warps that copy ----
@@ -74,6 +82,8 @@ struct Group : RowGroup {
     Turn turn = {};
 
     DEVICE Group(const SweepArguments& g, Shared& shared) : RowGroup(g, shared), shared(shared) { show_rows(); }
+
+    DEVICE Flags vote(int flags) { return ::vote(flags, shared, parity); }
 
     // What the group's threads have written to its rows is there for products.
     DEVICE void show_rows() {
