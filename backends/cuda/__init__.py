@@ -168,7 +168,8 @@ def _backward_source_hash(op: str) -> str:
         for name, text in sweep.headers.items():
             printed[name] = text if name in source.headers else printed.get(name, "") + text
     python_files = ("backward_kernels.py", "backward_launcher.py", "../head_groups.py")
-    return source_hash(("backward_rows.cu", "backward_sweep.cu"), python_files, printed)
+    sources = ("backward_order.cu", "backward_rows.cu", "backward_sweep.cu")
+    return source_hash(sources, python_files, printed)
 
 
 BACKEND = CudaBackend()

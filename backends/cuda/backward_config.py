@@ -32,8 +32,6 @@ def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
     widest = max(spec.head_dim, spec.head_dim_v)
     if widest > _MAX_WIDTH:
         return f"its backward kernels hold at most {_MAX_WIDTH} dimensions, got {widest}"
-    if spec.num_sequences is not None:
-        return "its backward kernels take no packed sequences"
     if device.compute_capability != _COMPUTE_CAPABILITY:
         return (
             f"its backward kernels are for compute capability {_COMPUTE_CAPABILITY}, not {device.compute_capability}, "

@@ -1,5 +1,5 @@
 """The kernels of a backward pass that solves nothing: which sources a plan compiles, with which constants, and what they
-take: one that makes a table of row numbers, then one for each sweep."""
+take: one that orders the tiles of packed sequences, one that makes a table of row numbers, then one for each sweep."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ REGISTERS = {1: 232, 2: 240, 3: 160}
 _ROWS_OF_TABLE = 384  # the table has a multiple of them, and every size of a streamed tile divides it
 _LEAST_WIDTH = 64  # of a panel of a tile
 _FLOAT_BYTES, _INPUT_BYTES, _BARRIER_BYTES = 4, 2, 8
-_BLOCK_BYTES = 64  # of struct HeldBlock
+_BLOCK_BYTES, _PACKED_BLOCK_BYTES = 64, 80  # of struct HeldBlock
 _ALIGNMENT = 16  # of struct Shared
 _OTHER_REGISTERS = 24  # addresses, bounds of the stream, what an expression has under way
 _WINDOW_REGISTERS = 8  # where a window begins
 _ROWS_A_REGISTER = 8  # of those streamed, for what is read ahead of their numbers
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 _ROWS_THREADS = 256  # of the kernel that makes the table
+_ORDER_THREADS = 128  # of the one that orders tiles
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def shared_memory(spec: LLASpec, source: SweepSource, shape: Shape) -> int:
     numbers = shape.streamed * source.numbers if source.sweep.holds == "keys" else _ALIGNMENT // _FLOAT_BYTES
     streamed, held = (_columns(spec, source, names) * _INPUT_BYTES for names in (source.streamed, source.held))
     stage = shape.streamed * streamed + numbers * _FLOAT_BYTES + 2 * _BARRIER_BYTES
-    total = shape.stages * stage + shape.held * held + _BLOCK_BYTES
+    block = _BLOCK_BYTES if spec.num_sequences is None else _PACKED_BLOCK_BYTES
+    total = shape.stages * stage + shape.held * held + block
     return -(-total // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -100,9 +102,20 @@ def blocks_per_sm(spec: LLASpec, source: SweepSource, shape: Shape, device: Devi
     return 2 if shape.groups == 1 and shared_memory(spec, source, shape) <= share else 1
 
 
-def table_rows(spec: LLASpec) -> int:
-    """Of a head, in the table: every streamed tile has all its rows."""
-    return -(-spec.seqlen_q // _ROWS_OF_TABLE) * _ROWS_OF_TABLE
+def held_tiles(spec: LLASpec, length: int, held: int) -> int:
+    """Of a head, blocks that hold so many of ``length`` rows or keys: of packed sequences the most that there can be."""
+    return -(-length // held) if spec.num_sequences is None else length // held + spec.num_sequences
+
+
+def table_tile(spec: LLASpec, config: KernelConfig) -> int:
+    """What the rows of a sequence in the table are a multiple of: every streamed tile has all its rows."""
+    return _ROWS_OF_TABLE if spec.num_sequences is None else config.holding_keys.block_q
+
+
+def table_rows(spec: LLASpec, config: KernelConfig) -> int:
+    """Of a head, in the table."""
+    tile = table_tile(spec, config)
+    return held_tiles(spec, spec.seqlen_q, tile) * tile
 
 
 def kernels(
@@ -113,15 +126,27 @@ def kernels(
     common = {
         "HEAD_DIM": spec.head_dim, "HEAD_DIM_V": spec.head_dim_v, "BLOCK_D": width(spec, False),
         "BLOCK_DV": width(spec, True), "BFLOAT16": int(spec.dtype == "bfloat16"), "PAGE_SIZE": 0,
-        "WEIGHT_SHIFT": weight_shift(spec.dtype),
+        "WEIGHT_SHIFT": weight_shift(spec.dtype), "PACKED": int(spec.num_sequences is not None),
+        "TABLE_TILE": table_tile(spec, config),
     }  # fmt: skip
     swept = [_sweep_kernel(spec, sweep, shape_of(sweep, config), device, common) for sweep in source.sweeps]
-    return (_rows_kernel(spec, source, common), *swept)
+    order = () if spec.num_sequences is None else (_order_kernel(spec, config, source),)
+    return (*order, _rows_kernel(spec, config, source, common), *swept)
 
 
-def _rows_kernel(spec: LLASpec, source: BackwardSource, common: dict[str, object]) -> Kernel:
+def _order_kernel(spec: LLASpec, config: KernelConfig, source: BackwardSource) -> Kernel:
+    rows, keys = config.block_q, config.holding_keys.block_k
+    tiles = held_tiles(spec, spec.seqlen_q, rows), held_tiles(spec, spec.seqlen_k, keys)
+    blocks = sum(-(-count // _ORDER_THREADS) for count in tiles)
+    defines = _texts({"BLOCK_ROWS": rows, "BLOCK_KEYS": keys, "CAUSAL": int(spec.is_causal)})
+    return Kernel("backward_order", "backward_order.cu", (blocks, 1), _ORDER_THREADS, 0, defines, source.headers)
+
+
+def _rows_kernel(
+    spec: LLASpec, config: KernelConfig, source: BackwardSource, common: dict[str, object]
+) -> Kernel:
     rows = _ROWS_THREADS // (max(width(spec, False), width(spec, True)) // 8)
-    blocks = -(-spec.batch * spec.num_heads * table_rows(spec) // rows)
+    blocks = -(-spec.batch * spec.num_heads * table_rows(spec, config) // rows)
     defines = _texts(common | {"BLOCK_K": GROUP_ROWS})
     return Kernel("backward_rows", "backward_rows.cu", (blocks, 1), _ROWS_THREADS, 0, defines, source.headers)
 
@@ -138,8 +163,8 @@ def _sweep_kernel(
         "BLOCKS": blocks_per_sm(spec, source, shape, device),
     }  # fmt: skip
     return Kernel(
-        source.sweep.name, "backward_sweep.cu", (-(-length // shape.held) * spec.batch * heads, 1), shape.threads,
-        shared_memory(spec, source, shape), _texts(defines), source.headers,
+        source.sweep.name, "backward_sweep.cu", (held_tiles(spec, length, shape.held) * spec.batch * heads, 1),
+        shape.threads, shared_memory(spec, source, shape), _texts(defines), source.headers,
     )  # fmt: skip
 
 

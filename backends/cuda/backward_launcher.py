@@ -50,18 +50,22 @@ class BackwardLauncher:
 
     def __init__(self, plan: Plan):
         self._plan = plan
-        spec = plan.spec
+        spec, config = plan.spec, plan.config
         source = print_backward(spec.op)
         self._program, self._arguments, self._numbers = (source.program, source.arguments, len(source.numbers))
-        self._table_rows = backward_kernels.table_rows(spec)
+        self._table_rows = backward_kernels.table_rows(spec, config)
+        self._is_packed = spec.num_sequences is not None
+        self._row_tiles = backward_kernels.held_tiles(spec, spec.seqlen_q, config.block_q)
+        self._key_tiles = backward_kernels.held_tiles(spec, spec.seqlen_k, config.holding_keys.block_k)
         heads, item = spec.batch * spec.num_heads, getattr(torch, spec.dtype).itemsize
         self._element_alignment = _ALIGNMENT // item
-        columns = spec.seqlen_k * (spec.head_dim + spec.head_dim_v) * item
-        rows = spec.seqlen_q * (2 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
+        length_q, length_k = spec.mean_seqlens
+        columns = length_k * (spec.head_dim + spec.head_dim_v) * item
+        rows = length_q * (2 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
         self._counts = (
             heads, spec.num_heads, spec.group_size, heads_per_group(heads, columns, spec.group_size, plan.device),
             heads_per_group(heads // spec.group_size, rows, 1, plan.device), spec.seqlen_q, spec.seqlen_k,
-            spec.window_size or 0, self._table_rows,
+            spec.window_size or 0, self._table_rows, spec.num_sequences or 0,
         )  # fmt: skip
         self._bound: dict[tuple, list[Callable]] = {}
 
@@ -69,7 +73,7 @@ class BackwardLauncher:
         spec, program = self._plan.spec, self._program
         q, k, v = (inputs[name] for name in "qkv")
         _, _, _, scale_tensor, scale = scalars_of(inputs)
-        made = {name: layout(program, name, q, k, v, spec.precision, packed=False).empty(q) for name in wanted}
+        made = {name: layout(program, name, q, k, v, spec.precision, self._is_packed).empty(q) for name in wanted}
         table = q.new_empty((q.shape[0] * q.shape[1] * self._table_rows * self._numbers,), dtype=torch.float32)
         read = [inputs[name] for name in (*program.row_inputs, *program.col_inputs)]
         strides = [stride for x in read for stride in x.stride()[:3]]
@@ -82,12 +86,22 @@ class BackwardLauncher:
         pointers = [x.data_ptr() for x in (*read, *(inputs[name] for name in program.given))]
         pointers += [made[name].data_ptr() if name in made else 0 for name in program.outputs]
         pointers += [table.data_ptr(), 0 if scale_tensor is None else scale_tensor.data_ptr()]
-        packed = self._arguments.pack(*pointers, *strides, scale, *self._counts)
+        tables = self._tables(inputs)
+        packed = self._arguments.pack(
+            *pointers, *strides, scale, *self._counts, *(0 if x is None else x.data_ptr() for x in tables)
+        )
         launches = self._bound.get((wanted, aligned, q.device))
         if launches is None:
             launches = self._bound[wanted, aligned, q.device] = self._bind(wanted, aligned)
         runtime.launch(launches, packed, q.device)
         return made
+
+    def _tables(self, inputs) -> tuple[torch.Tensor | None, ...]:
+        """Where packed sequences end, and the memory of the tables that say which tile of either side runs when."""
+        if not self._is_packed:
+            return None, None, None, None
+        ends_q, ends_k = inputs["cu_seqlens_q"], inputs["cu_seqlens_k"]
+        return ends_q, ends_k, ends_q.new_empty((self._row_tiles, 2)), ends_q.new_empty((self._key_tiles, 2))
 
     def _bind(self, wanted: tuple[str, ...], aligned: bool) -> list[Callable]:
         """The kernels as the runtime launches them; one without rows or keys to hold is left out."""

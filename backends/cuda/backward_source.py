@@ -21,7 +21,7 @@ from lla_compile.sweeps import Assign, Sweep, SweepList
 _POINTERS = {"input": "uint16_t", "float32": "float"}
 _COUNTS = (
     "batch_heads", "num_heads", "group_size", "row_heads_together", "key_heads_together", "seqlen_q", "seqlen_k",
-    "window", "table_rows",
+    "window", "table_rows", "num_sequences",
 )  # fmt: skip
 
 
@@ -93,7 +93,8 @@ def print_backward(op: str, wanted: tuple[str, ...] | None = None) -> BackwardSo
 
 
 def _fields(program: SweepList) -> tuple[Field, ...]:
-    """Inputs, what the forward pass has left, outputs and the table, then strides, numbers and counts."""
+    """Inputs, what the forward pass has left, outputs and the table, then strides, numbers and counts, and of packed
+    sequences where they end and which tile runs when."""
     inputs = (*program.row_inputs, *program.col_inputs)
     pointers = [(name, "const uint16_t") for name in inputs]
     pointers += [(name, "const float") for name in program.given]
@@ -103,7 +104,9 @@ def _fields(program: SweepList) -> tuple[Field, ...]:
     results = (name for name, stored in program.outputs.items() if stored == "input")
     fields += [Field(f"{name}_strides", f"int64_t {name}_strides[3]", "3q") for name in (*inputs, *results)]
     fields.append(Field("scale", "float scale", "f"))
-    return (*fields, *(Field(name, f"int32_t {name}", "i") for name in _COUNTS))
+    fields += [Field(name, f"int32_t {name}", "i") for name in _COUNTS]
+    fields += [Field(name, f"const int32_t* {name}", "Q") for name in ("cu_seqlens_q", "cu_seqlens_k")]
+    return (*fields, *(Field(name, f"int32_t* {name}", "Q") for name in ("row_tiles", "key_tiles")))
 
 
 def _arguments_text(program: SweepList, fields: tuple[Field, ...]) -> str:

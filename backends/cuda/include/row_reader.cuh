@@ -16,16 +16,36 @@ struct RowReader {
     const SweepArguments& g;
     int64_t batch, head;
     int64_t table_row;
-    int number;   // of the row in its sequence
+    int number;   // of the row in its head
     int column;   // the first of the thread's
-    bool exists;  // the table has rows beyond the last query
+    bool exists;  // the table has rows beyond the last query of a sequence
 
     DEVICE explicit RowReader(const SweepArguments& g) : g(g) {
         table_row = int64_t(blockIdx.x) * (THREADS / LANES) + threadIdx.x / LANES;
         int64_t index = table_row / g.table_rows;
         number = table_row % g.table_rows, column = threadIdx.x % LANES * CHUNK;
         batch = index / g.num_heads, head = index % g.num_heads;
-        exists = index < g.batch_heads && number < g.seqlen_q;
+        int stop = g.seqlen_q;
+        if (PACKED) {
+            int sequence = sequence_at(number);
+            number += g.cu_seqlens_q[sequence] - table_start_of(g, sequence);
+            stop = g.cu_seqlens_q[sequence + 1];
+        }
+        exists = index < g.batch_heads && number < stop;
+    }
+
+    // The packed sequence that a row of the table is of: the last one that begins before it.
+    DEVICE int sequence_at(int row) const {
+        int sequence = 0;
+        for (int stop = g.num_sequences; stop - sequence > 1;) {
+            int middle = (sequence + stop) / 2;
+            if (table_start_of(g, middle) <= row) {
+                sequence = middle;
+            } else {
+                stop = middle;
+            }
+        }
+        return sequence;
     }
 
     DEVICE int64_t memory_row() const { return (batch * g.num_heads + head) * g.seqlen_q + number; }

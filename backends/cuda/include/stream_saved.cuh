@@ -77,7 +77,8 @@ struct Group {
         if constexpr (!HOLDS_KEYS) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                int64_t row = (block.batch * g.num_heads + block.head) * g.table_rows + rows.number(r);
+                int64_t first = (block.batch * g.num_heads + block.head) * g.table_rows + block.table_start;
+                int64_t row = first + rows.number(r);
 #pragma unroll
                 for (int k = 0; k < NUMBERS; ++k) {
                     row_numbers[k][r] = rows.exists(r) ? g.table[number_at<NUMBERS>(row, k)] : k ? 0 : INFINITE;
