@@ -1,7 +1,8 @@
 """Inputs and float64 references for tests of Parallax and softmax attention."""
 
 from dataclasses import dataclass, replace
-from typing import Mapping, Sequence
+from itertools import accumulate
+from typing import Iterator, Mapping, Sequence
 
 import torch
 
@@ -27,17 +28,32 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class ParallaxProblem:
-    """Tensors of a call in the order of parallax_attention, and its mask."""
+    """Tensors of a call in the order of parallax_attention, its mask, and where packed queries and keys end."""
 
     tensors: tuple[torch.Tensor, ...]
     grad_out: torch.Tensor
     options: dict
+    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def sequences(self) -> Iterator[tuple["ParallaxProblem", slice, slice]]:
+        """Every packed sequence as a problem of its own, with the slices that its queries and keys are."""
+        if self.cu_seqlens is None:
+            yield self, slice(None), slice(None)
+            return
+        q, r, k, v = self.tensors
+        ends_q, ends_k = (ends.tolist() for ends in self.cu_seqlens)
+        for rows, keys in zip(map(slice, ends_q, ends_q[1:]), map(slice, ends_k, ends_k[1:])):
+            tensors = q[:, :, rows], r[:, :, rows], k[:, :, keys], v[:, :, keys]
+            yield ParallaxProblem(tensors, self.grad_out[:, :, rows], self.options), rows, keys
 
     def reference(self, scale=None) -> torch.Tensor:
-        return parallax_reference(*self.tensors, scale=scale, **self.options)
+        outs = [parallax_reference(*p.tensors, scale=scale, **p.options) for p, _, _ in self.sequences()]
+        return torch.cat(outs, dim=2)
 
     def reference_gradients(self) -> dict[str, torch.Tensor]:
-        return parallax_reference_backward(self.grad_out, *self.tensors, **self.options)
+        found = [parallax_reference_backward(p.grad_out, *p.tensors, **p.options) for p, _, _ in self.sequences()]
+        parts = {name: [gradients[name] for gradients in found] for name in found[0]}
+        return {name: sum(x) if name == "dscale" else torch.cat(x, dim=2) for name, x in parts.items()}
 
     def reference_row_dscale(self) -> torch.Tensor:
         """Of every row: dq = scale sum_j ds_j k_j, and dscale is q times that sum."""
@@ -49,7 +65,7 @@ class ParallaxProblem:
         (batch, heads, seqlen_q, head_dim), (_, kv_heads, seqlen_k, head_dim_v) = q.shape, v.shape
         return LLASpec(
             dtype_name(q), head_dim, head_dim_v, batch, heads, kv_heads, seqlen_q, seqlen_k, op=op, phase=phase,
-            **self.options,
+            num_sequences=None if self.cu_seqlens is None else len(self.cu_seqlens[0]) - 1, **self.options,
         )  # fmt: skip
 
     def inputs(self, op: str = "parallax", scale=None) -> dict:
@@ -57,6 +73,8 @@ class ParallaxProblem:
         named = dict(zip("qrkv", self.tensors))
         if op == "softmax":
             del named["r"]
+        if self.cu_seqlens is not None:
+            named |= dict(zip(("cu_seqlens_q", "cu_seqlens_k"), self.cu_seqlens))
         return named | {"scale": named["q"].shape[3] ** -0.5 if scale is None else scale}
 
     def leaves(self) -> list[torch.Tensor]:
@@ -80,6 +98,19 @@ def make_parallax_problem(
     grad_out = normal(batch, heads, seqlen_q, head_dim_v)
     tensors = tuple(x.to(dtype) for x in (q, r * probe / head_dim**0.5, k, v))
     return ParallaxProblem(tensors, grad_out.to(dtype), options)
+
+
+def make_packed_parallax_problem(
+    lengths_q: Sequence[int], lengths_k: Sequence[int] | None = None, **fields
+) -> ParallaxProblem:
+    """Sequences of these lengths one after another, as calls have them: all heads of a position lie side by side."""
+    lengths_k = lengths_k or lengths_q
+    p = make_parallax_problem(seqlen_q=sum(lengths_q), seqlen_k=sum(lengths_k), **fields)
+    ends = (
+        torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=p.grad_out.device) for x in (lengths_q, lengths_k)
+    )
+    *tensors, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*p.tensors, p.grad_out))
+    return replace(p, tensors=tuple(tensors), grad_out=grad_out, cu_seqlens=tuple(ends))
 
 
 def gradients(problem: ParallaxProblem, attend) -> dict[str, torch.Tensor]:

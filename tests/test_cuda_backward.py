@@ -5,10 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_emulation import COMPILER, emulated  # noqa: F401
-from parallax_problems import GRADIENTS, BoundBackward, ParallaxProblem, bound_backward, make_parallax_problem
+from parallax_problems import (
+    GRADIENTS,
+    BoundBackward,
+    ParallaxProblem,
+    bound_backward,
+    make_packed_parallax_problem,
+    make_parallax_problem,
+)
 from problems import assert_gradients_close
 
 from lla_compile.arguments import dtype_name
+from lla_compile.backends.cuda import runtime
+from lla_compile.backends.cuda.backward_launcher import BackwardLauncher
 from lla_compile.devices import resolve
 from lla_compile.precision import error_limit
 from lla_compile.reference import parallax_reference
@@ -29,18 +38,30 @@ SHAPES = [
 ]
 
 
-def problem(**fields) -> ParallaxProblem:
-    return make_parallax_problem(**dict(head_dim=64, dtype=torch.bfloat16) | fields)
-
-
-def bound(p: ParallaxProblem, **options) -> BoundBackward:
-    return bound_backward(p, "cuda", resolve("h200"), **options)
-
-
 def block(held: int, streamed: int, stages: int) -> dict[str, int]:
     """The knobs of both sweeps."""
     rows = dict(block_q=held, block_k=streamed, num_stages=stages)
     return rows | dict(kv_block_q=streamed, kv_block_k=held, kv_num_stages=stages)
+
+
+# Lengths of queries and of keys, other fields, knobs.
+PACKED = [
+    ((70, 0, 33, 230), None, dict(heads=2, kv_heads=1), block(192, 32, 3)),
+    ((150, 5, 0, 60), (170, 0, 9, 40), dict(heads=3, kv_heads=1, **WINDOWED), {}),
+    ((40, 129), (161, 64), dict(heads=2, **NOT_CAUSAL), {}),
+]
+
+
+def problem(**fields) -> ParallaxProblem:
+    return make_parallax_problem(**dict(head_dim=64, dtype=torch.bfloat16) | fields)
+
+
+def packed_problem(*lengths, **fields) -> ParallaxProblem:
+    return make_packed_parallax_problem(*lengths, **dict(head_dim=64, dtype=torch.bfloat16) | fields)
+
+
+def bound(p: ParallaxProblem, **options) -> BoundBackward:
+    return bound_backward(p, "cuda", resolve("h200"), **options)
 
 
 def assert_close(got, p: ParallaxProblem, expected=None):
@@ -96,6 +117,53 @@ def test_rows_without_keys_and_keys_without_rows():
     assert (got["dk"] == 0).all() and (got["dv"] == 0).all()
 
 
+@pytest.mark.parametrize("lengths_q, lengths_k, fields, knobs", PACKED, ids=str)
+def test_packed_sequences(lengths_q, lengths_k, fields, knobs):
+    """Every sequence has the gradients that it would have alone, bit for bit."""
+    p = packed_problem(lengths_q, lengths_k, **fields)
+    together = bound(p, **knobs)(*WANTED)
+    assert all(together[name].transpose(1, 2).is_contiguous() for name in GRADIENTS)
+    for alone, rows, keys in p.sequences():
+        for name, expected in bound(alone, **knobs)(*WANTED).items():
+            assert torch.equal(together[name][:, :, keys if name in ("dk", "dv") else rows], expected), name
+
+
+@pytest.mark.parametrize(
+    "lengths", [(300, 0, 129, 1, 900, 700), (0,), (128, 128), (3,) * 200, (500, 20, 1000)], ids=len
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_tiles_of_packed_sequences_run_in_the_order_of_their_work(monkeypatch, emulated, is_causal, lengths):  # noqa: F811
+    lengths_k, tables, made, load = [max(n - 200, 7) for n in lengths], [], BackwardLauncher._tables, runtime.load
+    monkeypatch.setattr(BackwardLauncher, "_tables", lambda *args: tables.append(made(*args)) or tables[-1])
+    monkeypatch.setattr(
+        runtime, "load",
+        lambda kernel, *args: load(kernel, *args) if kernel.name == "backward_order" else lambda *_: None,
+    )  # fmt: skip
+    p = packed_problem(lengths, lengths_k, heads=1, is_causal=is_causal)
+    run = bound(p)
+    run("dq")
+    config = run.executable._plan.config
+    [(_, _, *sides)] = tables
+    for table, block, own, other, keys in (
+        (sides[0], config.block_q, lengths, lengths_k, False),
+        (sides[1], config.kv_block_k, lengths_k, lengths, True),
+    ):
+        order = [tuple(tile) for tile in table.tolist()]
+        tiles = [(sequence, tile) for sequence, length in enumerate(own) for tile in range(-(-length // block))]
+        assert sorted(order[: len(tiles)]) == tiles and set(order[len(tiles) :]) <= {(-1, 0)}
+        work = [work_of(own[n], other[n], tile * block, block, keys, is_causal) for n, tile in order[: len(tiles)]]
+        assert work == sorted(work, reverse=True)
+
+
+def work_of(held, streamed, first, block, holds_keys, is_causal):
+    """Keys that the last row of a tile sees, or rows that see its first key."""
+    if not is_causal:
+        return streamed
+    if holds_keys:
+        return min(streamed, held - first)
+    return max(0, streamed - held + min(held, first + block))
+
+
 def test_any_strides_and_nothing_around_the_tensors():
     def amid_nan(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(x, (8, 8, 1, 4), value=torch.nan)[:, :, 1:-4, 8:-8]
@@ -108,15 +176,18 @@ def test_any_strides_and_nothing_around_the_tensors():
     assert all(torch.equal(got[name], expected[name]) for name in WANTED)
 
 
-@pytest.mark.parametrize("fields", [dict(), NOT_CAUSAL], ids=str)
-def test_python_and_cuda_agree_on_sizes(fields):
+@pytest.mark.parametrize("p, order", [
+    (problem(seqlen_q=3, heads=1), []),
+    (problem(seqlen_q=3, heads=1, **NOT_CAUSAL), []),
+    (packed_problem((3,), heads=1, **NOT_CAUSAL), ["backward_order"]),
+], ids=["", "wide", "packed"])  # fmt: skip
+def test_python_and_cuda_agree_on_sizes(p, order):
     """Of the arguments and of shared memory, which the launcher and the resource model count by themselves."""
-    p = problem(seqlen_q=3, heads=1, **fields)
     run = bound(p)
     run(*WANTED)
     [kernels] = run.executable._bound.values()
-    assert len(kernels) == 3
+    assert [kernel.kernel.name for kernel in kernels] == [*order, "backward_rows", "grad_q", "grad_kv"]
     for kernel in kernels:
         assert kernel.library.arguments_size() == run.executable._arguments.size
-    for kernel in kernels[1:]:
+    for kernel in kernels[-2:]:
         assert kernel.library.shared_size() == kernel.kernel.shared

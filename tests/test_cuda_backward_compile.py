@@ -1,5 +1,6 @@
 """The CUDA kernels of the backward pass compiled for a GPU that is not here: what the machine code tells."""
 
+import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ from lla_compile.devices import resolve
 from lla_compile.plans import KernelConfig
 from lla_compile.prediction.cubin import Cubin
 from lla_compile.spec import LLASpec
+from lla_compile.tuning_db import device_file, shipped_dir, store
 
 BACKEND, H200 = backends.get("cuda"), resolve("h200")
 CLOCKS_PER_COLUMN = 0.5  # of 64 x 16 times 16 x columns, on the tensor cores of a multiprocessor
@@ -28,15 +30,18 @@ class Case:
     tile: tuple[int, int, int] | None = None
     dtype: str = "bfloat16"
     window_size: int | None = None
+    num_sequences: int | None = None
 
     def __str__(self) -> str:
-        return "-".join(str(x) for x in (self.op, self.head_dim, self.tile, self.dtype, self.window_size) if x)
+        packed = "packed" if self.num_sequences else None
+        return "-".join(str(x) for x in (self.op, self.head_dim, self.tile, self.dtype, self.window_size, packed) if x)
 
     @property
     def spec(self) -> LLASpec:
         return LLASpec.self_attention(
-            self.dtype, self.head_dim, 4096, 32, op=self.op, phase="backward", window_size=self.window_size
-        )
+            self.dtype, self.head_dim, 4096, 32, op=self.op, phase="backward", window_size=self.window_size,
+            num_sequences=self.num_sequences,
+        )  # fmt: skip
 
     @property
     def config(self) -> KernelConfig:
@@ -55,6 +60,7 @@ CASES = [
     Case("parallax", 128),
     Case("parallax", 64, tile=(192, 32, 3), dtype="float16", window_size=512),
     Case("softmax", 64, tile=(64, 128, 2)),
+    Case("parallax", 128, num_sequences=20),
 ]
 
 
@@ -65,11 +71,13 @@ def test_machine_code(case):
     """Blocks fit on a multiprocessor, nothing lives in local memory, and no product is waited for by itself."""
     kernels = backward_kernels.kernels(case.spec, case.config, H200)
     binaries = BACKEND.binaries(case.spec, case.config, H200)
-    assert [kernel.name for kernel in kernels] == ["backward_rows", "grad_q", "grad_kv"]
+    order = ["backward_order"] if case.num_sequences else []
+    assert [kernel.name for kernel in kernels] == [*order, "backward_rows", "grad_q", "grad_kv"]
     for kernel, binary in zip(kernels, binaries):
         cubin = Cubin(binary.name, binary.num_warps, binary.shared, binary.cubin)
         assert cubin.stack == 0
-        if kernel.name == "backward_rows":
+        if kernel.name in ("backward_order", "backward_rows"):
+            assert cubin.registers <= 64
             continue
         blocks = int(kernel.defines["BLOCKS"])
         assert blocks * cubin.registers * kernel.threads <= H200.registers_per_sm
@@ -119,9 +127,31 @@ def test_heuristic_default_and_alternatives_are_feasible(op, head_dim):
 
 @pytest.mark.parametrize("seqlen", [1, 130, 384, 4097])
 def test_streamed_tiles_lie_within_the_table_of_their_head(seqlen):
-    spec = replace(Case("softmax", 64).spec, seqlen_q=seqlen)
+    case = Case("softmax", 64)
+    spec = replace(case.spec, seqlen_q=seqlen)
     for rows in BACKEND.search_space(spec, H200)["kv_block_q"]:
-        assert -(-seqlen // rows) * rows <= backward_kernels.table_rows(spec)
+        assert -(-seqlen // rows) * rows <= backward_kernels.table_rows(spec, replace(case.config, kv_block_q=rows))
+
+
+@pytest.mark.parametrize("rows", [32, 64, 96, 128])
+def test_streamed_tiles_of_packed_sequences_lie_one_behind_another_in_the_table(rows):
+    case = Case("parallax", 64, num_sequences=3)
+    config = replace(case.config, kv_block_q=rows)
+    for lengths in itertools.product((0, 1, rows - 1, rows, rows + 1), repeat=3):
+        spec, ends = replace(case.spec, seqlen_q=sum(lengths)), itertools.accumulate(lengths, initial=0)
+        starts = [(end // rows + sequence) * rows for sequence, end in enumerate(ends)]  # as table_start_of has them
+        assert starts[-1] == backward_kernels.table_rows(spec, config)
+        for start, length, stop in zip(starts, lengths, starts[1:]):
+            assert start + -(-length // rows) * rows <= stop
+
+
+def test_packed_sequences_take_the_plans_of_batches():
+    """What was measured fits, though a block knows more of itself."""
+    entries = store.load(device_file(shipped_dir(), H200.id)).entries
+    plans = [(x.spec(), x.config) for x in entries if (x.config.backend, x.key.phase) == ("cuda", "backward")]
+    assert plans
+    for spec, config in plans:
+        assert BACKEND.infeasible(replace(spec, num_sequences=7), config, H200) is None
 
 
 @pytest.mark.parametrize("knobs, part", [
@@ -141,7 +171,6 @@ def test_infeasible_says_why(knobs, part):
     ("h200", dict(op="lla"), "of operators that solve nothing, not of lla"),
     ("h200", dict(dtype="float32"), "no float32 kernel"),
     ("h200", dict(head_dim_v=129), "at most 128"),
-    ("h200", dict(num_sequences=3, batch=1), "no packed sequences"),
     ("a100", dict(), "not 8.0, for which Triton has them"),
     ("b200", dict(), "not 10.0, for which Triton has them"),
 ])  # fmt: skip
@@ -149,7 +178,7 @@ def test_unsupported_says_why(gpu, fields, part):
     assert part in BACKEND.unsupported(replace(Case("parallax", 64).spec, **fields), resolve(gpu))
 
 
-@pytest.mark.parametrize("name", ["stream_saved.cuh", "row_reader.cuh", "ptx_backward.cuh"])
+@pytest.mark.parametrize("name", ["stream_saved.cuh", "row_table.cuh", "row_reader.cuh", "ptx_backward.cuh"])
 def test_the_hash_covers_what_is_compiled(name, monkeypatch):
     spec = Case("parallax", 64).spec
     config, headers = BACKEND.default_config(spec, H200), compiler.read_headers()

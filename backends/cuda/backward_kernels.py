@@ -1,5 +1,6 @@
-"""The kernels of a backward pass that solves nothing: which sources a plan compiles, with which constants, and what they
-take: one that orders the tiles of packed sequences, one that makes a table of row numbers, then one for each sweep."""
+"""The kernels of a backward pass that solves nothing: which sources a plan compiles, with which constants, and what
+they take: one that makes a table of row numbers, then one for each sweep; before them one that orders the tiles of
+packed sequences."""
 
 from __future__ import annotations
 
@@ -142,9 +143,7 @@ def _order_kernel(spec: LLASpec, config: KernelConfig, source: BackwardSource) -
     return Kernel("backward_order", "backward_order.cu", (blocks, 1), _ORDER_THREADS, 0, defines, source.headers)
 
 
-def _rows_kernel(
-    spec: LLASpec, config: KernelConfig, source: BackwardSource, common: dict[str, object]
-) -> Kernel:
+def _rows_kernel(spec: LLASpec, config: KernelConfig, source: BackwardSource, common: dict[str, object]) -> Kernel:
     rows = _ROWS_THREADS // (max(width(spec, False), width(spec, True)) // 8)
     blocks = -(-spec.batch * spec.num_heads * table_rows(spec, config) // rows)
     defines = _texts(common | {"BLOCK_K": GROUP_ROWS})

@@ -9,7 +9,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from decode_problems import STREAM  # noqa: E402
 from on_gpu import forward, gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients  # noqa: E402
-from parallax_problems import bound_backward, make_parallax_problem, run_forward  # noqa: E402
+from parallax_problems import (  # noqa: E402
+    bound_backward,
+    make_packed_parallax_problem,
+    make_parallax_problem,
+    run_forward,
+)
 from problems import assert_close, make_grad_out  # noqa: E402
 
 from lla_compile import backends  # noqa: E402
@@ -47,8 +52,10 @@ assert all(x.isfinite().all() for x in gradients(p, make_grad_out(p), cg_max_ite
 for backend in BACKENDS:
     for schedule in ("fused", "split"):
         assert_close(forward(backend, p, schedule=schedule, cg_max_iters=8), p.reference(), 2.5e-3)
-for fields in CASES:
-    p = make_parallax_problem(**fields, dtype=torch.bfloat16, device="cuda")
+PARALLAX = dict(dtype=torch.bfloat16, device="cuda")
+packed = dict(lengths_q=(70, 0, 33), heads=2, kv_heads=1, head_dim=40, head_dim_v=24)
+parallax_problems = [make_parallax_problem(**fields, **PARALLAX) for fields in CASES]
+for p in (*parallax_problems, make_packed_parallax_problem(**packed, **PARALLAX)):
     for backend in BACKENDS:
         got = run_forward(p, trained("parallax"), backend, identify("cuda"))
         assert_close(got["out"], p.reference(), 2.5e-3)

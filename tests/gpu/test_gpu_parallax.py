@@ -10,9 +10,11 @@ from on_gpu import poison_free_memory
 from parallax_problems import (
     GRADIENTS,
     SHAPES,
+    bound,
     bound_backward,
     gradients,
     grown,
+    make_packed_parallax_problem,
     make_parallax_problem,
     run_forward,
 )
@@ -33,6 +35,13 @@ from lla_compile.autograd import trained
 from lla_compile.devices import identify
 from lla_compile.reference import parallax_reference
 
+PACKED = [
+    dict(lengths_q=(70, 0, 33), head_dim=40, head_dim_v=24, kv_heads=1),
+    dict(lengths_q=(300, 5, 0, 177), lengths_k=(333, 0, 9, 177), head_dim=64, window_size=100),
+    dict(lengths_q=(600, 129, 1, 1000), heads=4, kv_heads=2, head_dim=128),
+    dict(lengths_q=(200, 40), lengths_k=(161, 500), head_dim=96, head_dim_v=64, is_causal=False),
+    dict(lengths_q=(40, 7) * 60, head_dim=64),
+]
 OUT_LIMIT, GRADIENT_LIMIT = 2.5e-3, 5e-3
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "cuda"])
 LARGER = [
@@ -49,6 +58,10 @@ def problem(**fields):
     return make_parallax_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
 
 
+def packed(*lengths, **fields):
+    return make_packed_parallax_problem(*lengths, **dict(dtype=torch.bfloat16, device="cuda") | fields)
+
+
 def attend(*tensors, backend="triton", **options):
     return parallax_attention(*tensors, backend=backend, **options)
 
@@ -63,10 +76,13 @@ def attend_on(backend, p):
 
 def gradients_of(backend, p, op="parallax", names=GRADIENTS):
     """After Triton's forward pass; a test of what the backend does not take is skipped with its reason."""
-    device = identify("cuda")
-    if reason := backends.get(backend).unsupported(p.spec(op, "backward"), device):
+    skip_unless_taken(backend, p, op)
+    return bound_backward(p, backend, identify("cuda"), "triton", op)(*names)
+
+
+def skip_unless_taken(backend, p, op="parallax"):
+    if reason := backends.get(backend).unsupported(p.spec(op, "backward"), identify("cuda")):
         pytest.skip(f"{backend}: {reason}")
-    return bound_backward(p, backend, device, "triton", op)(*names)
 
 
 def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_dim=128, window=None):
@@ -215,6 +231,57 @@ def test_packed_sequences(backend):
         assert_close(out[start:stop].transpose(0, 1)[None], expected, OUT_LIMIT)
         for x, y in zip(grads, torch.autograd.grad(expected, alone, p.grad_out[:, :, start:stop].double())):
             assert_close(x[start:stop].transpose(0, 1)[None], y, GRADIENT_LIMIT)
+
+
+@BACKENDS
+@pytest.mark.parametrize("fields", PACKED, ids=["narrow", "windowed", "wide", "full", "many"])
+def test_gradients_of_packed_sequences(fields, backend):
+    p = packed(**fields)
+    poison_free_memory()
+    expected = p.reference_gradients() | {"dscale": p.reference_row_dscale()}
+    assert_gradients_close(gradients_of(backend, p, names=tuple(expected)), expected, GRADIENT_LIMIT)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_of_packed_sequences_are_those_of_each_alone(head_dim):
+    """Bit for bit, from what the same forward pass has saved."""
+    p, device = packed((300, 129, 0, 1, 700), heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
+    skip_unless_taken("cuda", p)
+    run = bound_backward(p, "cuda", device, "triton")
+    together, of_keys = run(*GRADIENTS), ("k", "v", "dk", "dv")
+    for alone, rows, keys in p.sequences():
+        parts = {
+            name: x[:, :, keys if name in of_keys else rows].contiguous()
+            for name, x in run.inputs.items()
+            if isinstance(x, torch.Tensor) and not name.startswith("cu_seqlens")
+        }
+        expected = bound(alone, "cuda", device, phase="backward")(run.inputs | parts, GRADIENTS)
+        for name in GRADIENTS:
+            assert torch.equal(together[name][:, :, keys if name in of_keys else rows], expected[name]), name
+
+
+@BACKENDS
+def test_a_cuda_graph_follows_the_lengths_of_packed_sequences(backend):
+    p, other = packed((300, 100, 112), head_dim=64), packed((5, 250, 257), head_dim=64)
+    attend_on(backend, p)
+    leaves = [x[0].transpose(0, 1).clone().requires_grad_() for x in p.tensors]
+    ends, grad_out = p.cu_seqlens[0].clone(), p.grad_out[0].transpose(0, 1)
+
+    def step():
+        out = parallax_attention_varlen(*leaves, ends, ends, backend=backend)
+        return torch.autograd.grad(out, leaves, grad_out)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    ends.copy_(other.cu_seqlens[0])
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, step()))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

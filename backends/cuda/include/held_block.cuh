@@ -12,7 +12,8 @@ struct StreamRange {
     DEVICE bool cuts(int tile) const { return tile < full_begin || tile >= full_end; }
 };
 
-// Where the sequence of a block begins: among those packed on either side, and in the table of row numbers.
+// Where the sequence of a block begins among packed ones: on either side, and in the table of row numbers. Others begin at
+// 0, and a block has no room for that.
 template <bool>
 struct SequenceStart {
     static constexpr int held_start = 0, streamed_start = 0, table_start = 0;
