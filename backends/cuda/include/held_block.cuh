@@ -12,8 +12,8 @@ struct StreamRange {
     DEVICE bool cuts(int tile) const { return tile < full_begin || tile >= full_end; }
 };
 
-// Where the sequence of a block begins among packed ones: on either side, and in the table of row numbers. Others begin at
-// 0, and a block has no room for that.
+// Where the sequence of a block begins among packed ones: on either side, and in the table of row numbers. Sequences
+// that are not packed begin at 0, which takes no room.
 template <bool>
 struct SequenceStart {
     static constexpr int held_start = 0, streamed_start = 0, table_start = 0;

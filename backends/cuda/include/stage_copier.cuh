@@ -21,8 +21,8 @@ struct Copier {
     }
     // The table has rows beyond the last query, so that every tile has all its numbers.
     DEVICE const float* first_numbers(int head) const {
-        int64_t row = (block().batch * g.num_heads + block().streamed_head + head) * g.table_rows;
-        return g.table + (row + block().table_start + block().first_tile * BLOCK_K) * NUMBERS + 4 * (threadIdx.x % GROUP);
+        int64_t row = (block().batch * g.num_heads + block().streamed_head + head) * g.table_rows + block().table_start;
+        return g.table + (row + block().first_tile * BLOCK_K) * NUMBERS + 4 * (threadIdx.x % GROUP);
     }
 
     DEVICE void begin(int at) {
