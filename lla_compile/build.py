@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also for caches in pages of so many keys (default: dense caches only)",
     )  # fmt: skip
     parser.add_argument(
-        "--packed", action="store_true", help="also for packed sequences in the forward pass (default: batches only)"
+        "--packed", action="store_true", help="also for packed sequences, forward and backward (default: batches only)"
+    )
+    parser.add_argument(
+        "--windowed", action="store_true", help="also for sliding windows, forward and backward (default: none)"
     )
     parser.set_defaults(run=_run)
 
@@ -43,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     try:
         device = resolve(options.gpu)
-        plans = list(dict.fromkeys(plans_of(device, options.defaults, options.page_size, options.packed)))
+        asked = options.defaults, options.page_size, options.packed, options.windowed
+        plans = list(dict.fromkeys(plans_of(device, *asked)))
         if not plans:
             raise ValueError(
                 f"no plan of {device.id} is of backend {BACKEND}; --defaults takes its defaults for the keys there are"
@@ -59,7 +63,11 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def plans_of(
-    device: DeviceInfo, defaults: bool, page_sizes: Sequence[int] = (), packed: bool = False
+    device: DeviceInfo,
+    defaults: bool,
+    page_sizes: Sequence[int] = (),
+    packed: bool = False,
+    windowed: bool = False,
 ) -> Iterator[tuple[LLASpec, KernelConfig]]:
     """The plans of this backend in the overlay and in the shipped database, for dense caches and for ``page_sizes``.
 
@@ -67,26 +75,31 @@ def plans_of(
         device: whose entries are read.
         defaults: whether to give the backend's default where an entry is of another one.
         page_sizes: keys of a page.
-        packed: whether plans of the forward pass are for packed sequences as well.
+        packed: whether plans of both passes are for packed sequences as well.
+        windowed: whether causal plans of both passes are for sliding windows as well, those that have room for one.
     """
     backend = backends.get(BACKEND)
     for directory in (overlay_dir(), shipped_dir()):
         document = store.load(device_file(directory, device.id))
         for entry in document.entries if document else ():
-            for spec in _variants(entry.spec(), page_sizes, packed):
-                if entry.config.backend == BACKEND:
+            for spec in _variants(entry.spec(), page_sizes, packed, windowed):
+                if entry.config.backend == BACKEND and backend.infeasible(spec, entry.config, device) is None:
                     yield spec, entry.config
                 elif defaults and backend.unsupported_spec(spec, device) is None:
                     yield spec, backend.default_config(spec, device)
 
 
-def _variants(spec: LLASpec, page_sizes: Sequence[int], packed: bool) -> Iterator[LLASpec]:
-    """The spec, and what else has its plan and kernels of its own."""
-    yield spec
+def _variants(spec: LLASpec, page_sizes: Sequence[int], packed: bool, windowed: bool) -> Iterator[LLASpec]:
+    """The spec, and what else has its plan and kernels of its own. Kernels of decoding have windows in any case."""
     if spec.phase == "decode":
+        yield spec
         yield from (_paged(spec, page_size) for page_size in page_sizes)
-    elif spec.phase == "forward" and packed:
-        yield replace(spec, num_sequences=1)
+        return
+    # Kernels are the same for windows of any size, and for any number of sequences.
+    windows = (None, spec.seqlen_k) if windowed and spec.is_causal else (None,)
+    for window_size in windows:
+        for num_sequences in (None, 1) if packed else (None,):
+            yield replace(spec, window_size=window_size, num_sequences=num_sequences)
 
 
 def _paged(spec: LLASpec, page_size: int) -> LLASpec:

@@ -1,11 +1,13 @@
 """Kernels built ahead of time: what `lla-compile build` writes, and how a machine without a compiler takes it."""
 
+from dataclasses import asdict, replace
+
 import pytest
 from compiled import NEEDS_NVRTC
 from tuned import make_entry
 
 from lla_compile import backends, cli
-from lla_compile.backends.cuda import compiler, gram_kernels, nvrtc, sweep_kernels
+from lla_compile.backends.cuda import backward_kernels, compiler, gram_kernels, nvrtc, sweep_kernels
 from lla_compile.build import plans_of
 from lla_compile.devices import resolve
 from lla_compile.key import TuningKey
@@ -105,6 +107,29 @@ def test_packed_sequences_have_kernels_of_their_own():
     assert batch == (alone, plan) and config == plan and packed.num_sequences is not None
     names = [[kernel.name for kernel in sweep_kernels.launches(x, plan, H200)] for x in (alone, packed)]
     assert names == [["sweeps_wgmma"], ["tile_order", "sweeps_wgmma"]]
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_windows_and_packed_sequences_have_kernels_of_their_own(phase):
+    """The same for windows of any size and any number of sequences."""
+    key = TuningKey("parallax", phase, "bfloat16", 64, 64, "accurate", True)
+    spec = LLASpec.self_attention("bfloat16", 64, 1024, 8, op="parallax", phase=phase)
+    plan = backends.get("cuda").default_config(spec, H200)
+    record(H200, [make_entry(1024, 8, key, valid=((768, 1535), (8, 8)), **asdict(plan))])
+    built = [kernels_of(*planned) for planned in plans_of(H200, False, packed=True, windowed=True)]
+    called = [
+        kernels_of(replace(spec, seqlen_q=300, seqlen_k=300, window_size=window, num_sequences=sequences), plan)
+        for window in (None, 100)
+        for sequences in (None, 7)
+    ]
+    assert built == called and len(set(built)) == 4
+    assert [kernels_of(*planned) for planned in plans_of(H200, False)] == called[:1]
+
+
+def kernels_of(spec: LLASpec, config: KernelConfig) -> tuple:
+    """What tells the kernels of a plan from those of others."""
+    kernels = backward_kernels.kernels if spec.phase == "backward" else sweep_kernels.launches
+    return tuple((kernel.source, *sorted(kernel.defines.items())) for kernel in kernels(spec, config, H200))
 
 
 def test_without_a_compiler_nothing_is_built(tmp_path, monkeypatch, capsys):
