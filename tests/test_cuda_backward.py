@@ -129,7 +129,7 @@ def test_packed_sequences(lengths_q, lengths_k, fields, knobs):
 
 
 @pytest.mark.parametrize(
-    "lengths", [(300, 0, 129, 1, 900, 700), (0,), (128, 128), (3,) * 200, (500, 20, 1000)], ids=len
+    "lengths", [(300, 0, 129, 1, 900, 700), (0, 5), (128, 128), (3,) * 200, (500, 20, 1000)], ids=len
 )
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_tiles_of_packed_sequences_run_in_the_order_of_their_work(monkeypatch, emulated, is_causal, lengths):  # noqa: F811

@@ -5,14 +5,21 @@ from dataclasses import replace
 import pytest
 import torch
 from cuda_emulation import COMPILER, emulated  # noqa: F401
-from parallax_problems import GRADIENTS, ParallaxProblem, bound, grown, make_parallax_problem, run_forward
+from parallax_problems import (
+    GRADIENTS,
+    ParallaxProblem,
+    bound,
+    grown,
+    make_packed_parallax_problem,
+    make_parallax_problem,
+    run_forward,
+)
 from problems import CPU, assert_close, assert_gradients_close
 
 from lla_compile import backends
 from lla_compile.autograd import trained
 from lla_compile.backends.cuda import sweep_kernels
 from lla_compile.devices import resolve
-from lla_compile.reference import parallax_reference
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
 # With wgmma, both scores ahead in two groups of rows and in one, one score ahead in two and in three; with mma.sync.
@@ -102,14 +109,8 @@ def test_softmax_attention():
 
 
 def test_packed_sequences():
-    p = problem(seqlen_q=230, heads=2, kv_heads=1)
-    ends = torch.tensor([0, 70, 70, 230], dtype=torch.int32)
-    gpu, knobs = TILES["two"]
-    run = bound(replace(p, options=dict(num_sequences=3)), "cuda", resolve(gpu), **knobs)
-    out = run(p.inputs() | {"cu_seqlens_q": ends, "cu_seqlens_k": ends}, ("out",))["out"]
-    for start, stop in ((0, 70), (70, 230)):
-        expected = parallax_reference(*(x[:, :, start:stop] for x in p.tensors))
-        assert_close(out[:, :, start:stop], expected, LIMITS[torch.bfloat16])
+    p = make_packed_parallax_problem((70, 0, 160), heads=2, kv_heads=1, head_dim=64, dtype=torch.bfloat16)
+    assert_close(run(p, "two")["out"], p.reference(), LIMITS[torch.bfloat16])
 
 
 def test_another_backend_goes_backward_from_what_is_saved():

@@ -59,7 +59,7 @@ class BackwardLauncher:
         self._key_tiles = backward_kernels.held_tiles(spec, spec.seqlen_k, config.holding_keys.block_k)
         heads, item = spec.batch * spec.num_heads, getattr(torch, spec.dtype).itemsize
         self._element_alignment = _ALIGNMENT // item
-        length_q, length_k = spec.mean_seqlens
+        length_q, length_k = (max(1, length) for length in spec.mean_seqlens)
         columns = length_k * (spec.head_dim + spec.head_dim_v) * item
         rows = length_q * (2 * spec.head_dim + spec.head_dim_v) * item * spec.group_size
         self._counts = (
