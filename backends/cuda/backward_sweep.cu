@@ -13,6 +13,7 @@ KERNEL(THREADS, BLOCKS) SWEEP(PARAMETER SweepArguments g) {
         }
     }
     sync_block();
+    if (PACKED && !shared.block.held) return;  // there are blocks for the most tiles that there can be
     if (threadIdx.x >= GROUP * ROW_GROUPS) {
         give_registers<COPY_REGISTERS>();
         Copier copier = {g, shared};
