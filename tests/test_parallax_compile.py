@@ -1,6 +1,7 @@
 """Kernels of Parallax compiled for GPUs that are not here, and what the machine code tells."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 
@@ -70,8 +71,6 @@ def test_every_gpu_has_a_default_within_its_limits(op, phase, dtype, head_dim):
 
 
 def test_parts_and_one_part_are_other_kernels():
-    from dataclasses import replace
-
     spec, device = make_spec("decode", 64), resolve("h200")
     config = BACKEND.default_config(spec, device)
     hashes = {BACKEND.source_hash(spec, replace(config, num_splits=splits)) for splits in (1, 2, 3)}
@@ -79,5 +78,8 @@ def test_parts_and_one_part_are_other_kernels():
 
 
 @pytest.mark.parametrize("op", ["parallax", "softmax"])
-def test_decoding_with_covariances_is_not_offered(op):
-    assert op in backends.get("cuda").unsupported_spec(make_spec("decode", 64, op), resolve("h200"))
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_decoding_with_covariances_is_not_offered(name, op):
+    backend, spec, device = backends.get(name), make_spec("decode", 64, op), resolve("h200")
+    config = replace(backend.default_config(spec, device), schedule="gram")
+    assert "schedule fused" in backend.infeasible(spec, config, device)

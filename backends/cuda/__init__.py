@@ -15,6 +15,8 @@ from lla_compile.backends.cuda import (
     backward_kernels,
     gram_config,
     gram_kernels,
+    part_config,
+    part_kernels,
     sweep_config,
     sweep_kernels,
 )
@@ -67,14 +69,16 @@ class CudaBackend:
 
     def source_hash(self, spec: LLASpec, config: KernelConfig) -> str:
         if spec.phase == "decode":
-            return _gram_source_hash()
+            return _gram_source_hash() if spec.solves else _part_source_hash(spec.op)
         if spec.phase == "backward":
             return _backward_source_hash(spec.op)
         return _sweep_source_hash(spec.op, spec.phase, config.schedule)
 
     def precompile(self, spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> None:
-        if spec.phase == "decode":
+        if spec.phase == "decode" and spec.solves:
             from lla_compile.backends.cuda.gram_launcher import precompile_gram as precompile
+        elif spec.phase == "decode":
+            from lla_compile.backends.cuda.part_launcher import precompile_parts as precompile
         elif spec.phase == "backward":
             from lla_compile.backends.cuda.backward_launcher import precompile_backward as precompile
         else:
@@ -103,8 +107,10 @@ class CudaBackend:
             ImportError: there is no NVRTC.
             OSError: the folder cannot be written to.
         """
-        if spec.phase == "decode":
+        if spec.phase == "decode" and spec.solves:
             from lla_compile.backends.cuda.gram_launcher import build_gram as build
+        elif spec.phase == "decode":
+            from lla_compile.backends.cuda.part_launcher import build_parts as build
         elif spec.phase == "backward":
             from lla_compile.backends.cuda.backward_launcher import build_backward as build
         else:
@@ -112,8 +118,10 @@ class CudaBackend:
         return build(spec, config, device, folder)
 
     def bind(self, plan: Plan) -> Executable:
-        if plan.spec.phase == "decode":
+        if plan.spec.phase == "decode" and plan.spec.solves:
             from lla_compile.backends.cuda.gram_launcher import GramLauncher as Bound
+        elif plan.spec.phase == "decode":
+            from lla_compile.backends.cuda.part_launcher import PartLauncher as Bound
         elif plan.spec.phase == "backward":
             from lla_compile.backends.cuda.backward_launcher import BackwardLauncher as Bound
         else:
@@ -123,11 +131,13 @@ class CudaBackend:
 
 def _choices(spec: LLASpec):
     """Where the limits, the default and the search space of a phase are."""
-    return {"decode": gram_config, "backward": backward_config}.get(spec.phase, sweep_config)
+    decoding = gram_config if spec.solves else part_config
+    return {"decode": decoding, "backward": backward_config}.get(spec.phase, sweep_config)
 
 
 def _kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[gram_kernels.Kernel, ...]:
-    kernels = {"decode": gram_kernels, "backward": backward_kernels}.get(spec.phase, sweep_kernels)
+    decoding = gram_kernels if spec.solves else part_kernels
+    kernels = {"decode": decoding, "backward": backward_kernels}.get(spec.phase, sweep_kernels)
     return kernels.kernels(spec, config, device)
 
 
@@ -140,6 +150,16 @@ def _gram_source_hash() -> str:
         ("gram_pass_mma.cu", "gram_pass_wgmma.cu", "gram_merge.cu", "gram_solve.cu"),
         ("gram_kernels.py", "gram_launcher.py", "../gram_parts.py"),
     )
+
+
+@lru_cache(maxsize=None)
+def _part_source_hash(op: str) -> str:
+    """Of the kernels of decoding in parts, what is printed among them, and of what decides their constants."""
+    from lla_compile.backends.cuda.compiler import source_hash
+    from lla_compile.backends.cuda.part_source import print_parts
+
+    python_files = ("part_kernels.py", "part_launcher.py", "../part_layout.py")
+    return source_hash(("part_pass.cu", "part_merge.cu"), python_files, print_parts(op).headers)
 
 
 @lru_cache(maxsize=None)

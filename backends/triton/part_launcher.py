@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 import triton
 
+from lla_compile.backends.part_layout import part_numel
 from lla_compile.backends.triton.compiler import compile_kernel, load_functions
 from lla_compile.backends.triton.decode_launcher import DecodeLauncher, Launch, ordinary_absences
 from lla_compile.backends.triton.launcher import constants
-from lla_compile.backends.triton.part_source import part_numel
 from lla_compile.backends.triton.source import print_module, print_parts
 
 if TYPE_CHECKING:

@@ -7,26 +7,12 @@ vectors of padded width and after them numbers, in the order of (sequence and ke
 
 from __future__ import annotations
 
-from lla_compile.backends.tiles import padded_width
+from lla_compile.backends.part_layout import part_numbers
 from lla_compile.backends.triton.cache_source import CachedRowKernelPrinter
-from lla_compile.spec import LLASpec
-from lla_compile.sweeps import Stage, Sweep, SweepList, sweep_of
+from lla_compile.sweeps import Stage, Sweep, sweep_of
 
 PART_PARAMETERS = (("parts_ptr", "*fp32"), ("num_splits", "i32"))
 PART_IMPORT = "from lla_compile.backends.triton.mean_primitives import load_parts, part_segments, store_part\n"
-_LEAST_NUMBERS = 4  # so that vectors stay aligned
-
-
-def part_numel(program: SweepList, spec: LLASpec) -> int:
-    """float32 numbers that a part of a row leaves."""
-    (sweep,) = program.sweeps
-    widths = (spec.head_dim_v if a.name in program.value_wide else spec.head_dim for a in sweep.accumulators)
-    return sum(map(padded_width, widths)) + max(len(_numbers(sweep)), _LEAST_NUMBERS)
-
-
-def _numbers(sweep: Sweep) -> tuple[str, ...]:
-    """The numbers of a part, in order."""
-    return ("row_max", "row_sum", *(score.mean for score in sweep.scores if score.mean))
 
 
 class _PartPrinter(CachedRowKernelPrinter):
@@ -65,7 +51,7 @@ start, full_start, full_stop, stop = part_segments(
         out.add("part = ((first_row + rows).to(tl.int64) * num_splits + split) * PART")
         for name, (start, block) in self._vectors(sweep).items():
             out.add(f"store_part(parts_ptr + {start}, part, {name}, row_valid, {block})")
-        for place, name in enumerate(_numbers(sweep)):
+        for place, name in enumerate(part_numbers(sweep)):
             out.add(f"tl.store(parts_ptr + {self._numbers_at(sweep)} + {place} + part, {name}, mask=row_valid)")
 
 
@@ -88,7 +74,7 @@ parts = (tl.program_id(0).to(tl.int64) * num_splits + splits) * PART"""
 
     def _stage(self, stage: Stage, stages: tuple[Stage, ...]) -> None:
         out, sweep = self.out, sweep_of(stage)
-        for place, name in enumerate(_numbers(sweep)):
+        for place, name in enumerate(part_numbers(sweep)):
             other = 'float("-inf")' if name == "row_max" else "0.0"
             out.add(
                 f"part_{name} = load_parts(parts_ptr + {self._numbers_at(sweep)} + {place}, parts, exists, {other}, 1)"

@@ -20,6 +20,7 @@ from lla_compile.backends.cuda.compiler import read_headers
 _HERE = Path(__file__).parent
 _KERNELS = Path(cuda.__file__).parent
 _OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-w")
+_ARGUMENTS = {"gram": "GramArguments", "part": "PartArguments"}  # by the beginning of the source's name
 COMPILER = next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)
 
 
@@ -61,7 +62,7 @@ def _library(
     name: str, source: str, defines: tuple[tuple[str, str], ...], printed: tuple[tuple[str, str], ...]
 ) -> ctypes.CDLL:
     options = [*_OPTIONS, f"-I{_HERE}", f"-I{_KERNELS / 'include'}"]
-    options.append(f"-DARGUMENTS={'SweepArguments' if printed else 'GramArguments'}")
+    options.append(f"-DARGUMENTS={_ARGUMENTS.get(source.partition('_')[0], 'SweepArguments')}")
     options += [f"-D{key}={value}" for key, value in defines]
     options += [f'-DKERNEL_SOURCE="{_KERNELS / source}"', f"-DKERNEL_NAME={name}"]
     texts = [path.read_text() for path in (*sorted(_HERE.glob("*.*")), _KERNELS / source)] + list(
