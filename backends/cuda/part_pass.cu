@@ -4,6 +4,7 @@
 // A warp has 8 rows of a group, which share their keys, and takes BLOCK_K keys of every tile, with maxima, means and
 // sums of its own: warps meet when all keys have been read. The ROW_WARPS warps of the same keys copy them into a ring
 // of stages that no other warp reads; where it is one warp, nothing in the loop waits for another.
+#include <part_copy.cuh>
 #include <part_products.cuh>
 
 constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
@@ -16,24 +17,32 @@ struct Shared {
     };
 };
 
-// The stages of the warps that share keys, as far ahead as there are stages.
+// The stages of the warps that share keys, filled as far ahead as there are stages.
 struct Ring {
-    const PartTile& tile;
-    const Cache keys, values;
-    const int32_t* table;
+    PartCopy<COPIERS> copies;
+    Slots slots;  // that are copied next
     uint32_t stages;
-    int first, thread;  // key of the part's first tile, and the number among the threads that copy
+    int left;  // tiles to copy
     int to = 0, from = 0;
+
+    DEVICE Ring(const PartArguments& g, const PartTile& tile, int first_key, uint32_t stages)
+        : copies(tile.cache(g, g.k, g.k_strides), tile.cache(g, g.v, g.v_strides), threadIdx.x % COPIERS),
+          slots{first_key, tile.first_seen, tile.stop, tile.table(g)}, stages(stages), left(tile.tiles()) {
+        copies.find_pages(slots);
+#pragma unroll 1
+        for (int i = 0; i < STAGES - 1; ++i) copy();
+    }
 
     DEVICE static int after(int stage) { return stage + 1 == STAGES ? 0 : stage + 1; }
 
-    DEVICE void copy(int at, int tiles) {
-        if (at < tiles) {
-            Slots slots{first + at * TILE, tile.first_seen, tile.stop, table};
-            copy_stage<COPIERS>(stages + to * STAGE_BYTES, keys, values, slots, thread);
+    DEVICE void copy() {
+        if (left > 0) {
+            copies.start(stages + to * STAGE_BYTES, slots, threadIdx.x % COPIERS);
+            slots.first += TILE;
+            copies.find_pages(slots);
         }
         commit_copies();
-        to = after(to);
+        --left, to = after(to);
     }
 
     DEVICE static void sync() {
@@ -44,11 +53,11 @@ struct Ring {
         }
     }
 
-    // The stage of tile `at`, which is there for all that share it; the stage of the one before it is filled anew.
-    DEVICE uint32_t next(int at, int tiles) {
+    // The stage of the next tile, which is there for all that share it; the stage of the one before is filled anew.
+    DEVICE uint32_t next() {
         wait_copies<STAGES - 2>();
         sync();
-        copy(at + STAGES - 1, tiles);
+        copy();
         uint32_t found = stages + from * STAGE_BYTES;
         from = after(from);
         return found;
@@ -75,11 +84,7 @@ KERNEL(THREADS, BLOCKS) part_pass(PARAMETER PartArguments g) {
     const PartTile tile(g, blockIdx.x);
     int tiles = tile.tiles(), first_key = tile.start + key_warp * BLOCK_K;
 
-    Ring ring{tile, tile.cache(g, g.k, g.k_strides), tile.cache(g, g.v, g.v_strides), tile.table(g),
-              shared_address(shared.stages[key_warp]), first_key, thread % COPIERS};
-#pragma unroll 1
-    for (int at = 0; at < STAGES - 1; ++at) ring.copy(at, tiles);
-
+    Ring ring(g, tile, first_key, shared_address(shared.stages[key_warp]));
     int row = tile.first_row + row_warp * ROWS + lane / 4, token = row % g.seqlen_q;
     const RowOperands rows(g, tile, row, lane);
     float scale_log2 = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
@@ -88,7 +93,7 @@ KERNEL(THREADS, BLOCKS) part_pass(PARAMETER PartArguments g) {
     SumTiles sums = {};
 #pragma unroll 1
     for (int at = 0; at < tiles; ++at) {
-        uint32_t stage = ring.next(at, tiles);
+        uint32_t stage = ring.next();
         float s[BLOCK_K / 8][4];
         multiply_keys(s, rows, stage, lane);
         int first = first_key + at * TILE, own = first + 2 * (lane % 4);
