@@ -56,11 +56,14 @@ def test_rows_keys_and_scores(fields):
     "tiles, fields",
     [
         (dict(block_q=8, block_k=64, num_warps=4, num_stages=3), dict(page_size=5, capacity=75, lengths=(75, 11, 64))),
-        (dict(block_q=8, block_k=64, num_warps=2, num_stages=4), dict(capacity=400, lengths=(400, 129), growth=8.0)),
+        (
+            dict(block_q=8, block_k=64, num_warps=2, num_stages=4),
+            dict(page_size=16, capacity=400, lengths=(400, 129), growth=8.0),
+        ),
         (dict(block_q=16, block_k=32, num_warps=4, num_stages=2), dict(heads=8, queries=3, head_dim=128)),
         (
             dict(block_q=32, block_k=32, num_warps=8, num_stages=3),
-            dict(heads=16, queries=3, page_size=16, capacity=80, lengths=None, window_size=19, dtype=torch.float16),
+            dict(heads=16, queries=3, page_size=32, capacity=96, lengths=None, window_size=19, dtype=torch.float16),
         ),
         (
             dict(block_q=64, block_k=16, num_warps=8, num_stages=2),

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 MAX_HEAD_DIM = 128  # the sums of wider heads and the rows beside them are more than a thread's registers
 _MOST_REGISTERS = 255  # of a thread
 _ROW_BLOCKS = (8, 16, 32, 64)
-# (keys of a warp, warps of the same rows, stages), best first; the first that fits is taken. Each has 64 KB or more of
-# heads 128 wide on their way to a multiprocessor, as long as it fits.
-_PREFERENCE = ((16, 4, 3), (16, 4, 2), (16, 2, 2), (16, 1, 2))
+# Stages worth having, best first; of those that fit the first that has so many bytes on their way to a multiprocessor.
+_STAGES = (3, 4, 6, 2)
+_BYTES_IN_FLIGHT = 64 * 1024
+_BLOCK_K = 64
 _KEY_WARPS, _MOST_WARPS = (1, 2, 4, 8), 8
+_MOST_KEYS = 32  # of a warp, by default: their scores take registers
 _LEAST_STAGES = 2  # one is multiplied while the next one is copied
 
 
@@ -34,14 +36,17 @@ def unsupported(spec: LLASpec, device: DeviceInfo) -> str | None:
 
 
 def default_config(spec: LLASpec, device: DeviceInfo) -> KernelConfig:
-    """As few rows as the queries of a group need, tiles as deep as fit, and parts for every multiprocessor."""
+    """As few rows as the queries of a group need, as much on its way as keeps memory busy, and parts for every
+    multiprocessor."""
     block_q = row_blocks(spec)[-1]
-    for keys, key_warps, num_stages in _PREFERENCE:
-        num_warps = min(key_warps * block_q // part_kernels.WARP_ROWS, _MOST_WARPS)
-        block_k = keys * num_warps * part_kernels.WARP_ROWS // block_q
-        config = KernelConfig("cuda", "fused", block_q, block_k, None, num_warps, num_stages, num_splits=1)
-        if infeasible(spec, config, device) is None:
-            break
+    row_warps = block_q // part_kernels.WARP_ROWS
+    num_warps = min(4 * row_warps, _MOST_WARPS)
+    block_k = min(_BLOCK_K, _MOST_KEYS * num_warps // row_warps)
+    configs = [KernelConfig("cuda", "fused", block_q, block_k, None, num_warps, n, num_splits=1) for n in _STAGES]
+    fits = [config for config in configs if infeasible(spec, config, device) is None] or configs[-1:]
+    flights = {config: part_kernels.bytes_in_flight(spec, config, device) for config in fits}
+    enough = [config for config in fits if flights[config] >= _BYTES_IN_FLIGHT]
+    config = enough[0] if enough else max(fits, key=flights.__getitem__)
     rows = spec.group_size * spec.seqlen_q
     programs = max(spec.batch * spec.num_kv_heads * -(-rows // block_q), 1)
     blocks = max(device.sms, 1) * part_kernels.resident(spec, config, device)

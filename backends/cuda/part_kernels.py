@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 WARP_ROWS = 8  # the kernels' constant ROWS
 MATRIX_KEYS = 16  # of an instruction: a warp takes a multiple of them of a tile
 _MERGE_GROUPS = 4
-_ALIGNMENT = 16  # of copies
 _OTHER_REGISTERS = 56  # addresses, copies, numbers of rows
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
-_REGISTER_UNIT, _MOST_REGISTERS = 8, 255  # of a thread
 _MOST_BLOCKS = 4  # that the compiler is to leave registers for
 
 
@@ -30,11 +28,13 @@ def key_warps(config: KernelConfig) -> int:
 
 
 def registers(spec: LLASpec, config: KernelConfig) -> int:
-    """What a thread of the pass takes: sums, rows as operands, the scores of its keys."""
+    """What a thread of the pass cannot do without: sums, rows as operands, scores and weights, and the pages of the rows
+    that it copies."""
     (sweep,) = print_parts(spec.op).program.sweeps
+    keys = config.block_k // key_warps(config)
     sums = len(sweep.accumulators) * padded_width(spec.head_dim_v) // 4
-    scores = config.block_k // key_warps(config) // 2
-    return sums + padded_width(spec.head_dim) // 4 + scores + _OTHER_REGISTERS
+    pages = keys if (spec.page_size or MATRIX_KEYS) % MATRIX_KEYS else 0  # of others one serves many rows
+    return sums + padded_width(spec.head_dim) // 4 + keys + pages + _OTHER_REGISTERS
 
 
 def shared_memory(spec: LLASpec, config: KernelConfig) -> int:
@@ -43,6 +43,12 @@ def shared_memory(spec: LLASpec, config: KernelConfig) -> int:
     stages = 2 * config.num_stages * config.block_k * (width + width_v)
     sums = 4 * key_warps(config) * config.block_q * part_numel(print_parts(spec.op).program, spec)
     return max(stages, sums)
+
+
+def bytes_in_flight(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
+    """Of keys and values, on their way to a multiprocessor at once."""
+    tile = 2 * config.block_k * (padded_width(spec.head_dim) + padded_width(spec.head_dim_v))
+    return resident(spec, config, device) * (config.num_stages - 1) * tile
 
 
 def resident(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
