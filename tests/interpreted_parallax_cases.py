@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from parallax_decode_problems import CASES, make_parallax_decode_problem
 from parallax_problems import SHAPES, gradients, grown, make_parallax_problem
 from problems import assert_close, assert_gradients_close
 
 from lla_compile import LLASpec, backends, dispatch, parallax_attention, parallax_attention_varlen
 from lla_compile.arguments import Options, dtype_name
-from lla_compile.decode_arguments import heads_first
 from lla_compile.devices import identify
 from lla_compile.plans import KernelConfig, Plan, Source
 from lla_compile.reference import parallax_reference
@@ -102,41 +102,12 @@ def test_softmax_attention(dtype, limit):
 
 @TYPES
 @pytest.mark.parametrize("splits", [1, 2, 5])
-@pytest.mark.parametrize("queries, window, op", [(1, None, "parallax"), (3, None, "softmax"), (2, 9, "parallax")])
-@pytest.mark.parametrize("page", [None, 7])
-def test_decoding(splits, queries, window, op, page, dtype, limit):
-    """The keys of a sequence in parts, more of them than some have tiles, and NaN wherever nothing is seen."""
-    lengths = (70, 33, 0)
-    p = make_parallax_problem(queries, 70, batch=3, heads=4, kv_heads=2, head_dim=24, head_dim_v=16, dtype=dtype)
-    q, r, k, v = (x.clone() for x in p.tensors)
-    probe = r if op == "parallax" else None
-    expected = torch.cat([
-        parallax_reference(
-            q[i : i + 1], None if probe is None else r[i : i + 1], k[i : i + 1, :, :n], v[i : i + 1, :, :n],
-            window_size=window,
-        )
-        for i, n in enumerate(lengths)
-    ])  # fmt: skip
-    for i, n in enumerate(lengths):
-        k[i, :, n:] = v[i, :, n:] = float("nan")
-    inputs = {"q": q, "scale": 24**-0.5, "seqlens": torch.tensor(lengths, dtype=torch.int32)}
-    if probe is not None:
-        inputs["r"] = r
-    if page:
-        order = torch.randperm(30)
-        k, v = (x.reshape(3, 2, 10, page, -1).permute(0, 2, 3, 1, 4).reshape(30, page, 2, -1)[order] for x in (k, v))
-        k, v = heads_first(k, True), heads_first(v, True)
-        inputs["block_table"] = order.argsort().view(3, 10).int()
-    spec = LLASpec(
-        dtype_name(q), 24, 16, 3, 4, 2, queries, 70, window_size=window, page_size=page, op=op, phase="decode"
-    )
-    config = KernelConfig("triton", "fused", 16, 16, None, 1, 1, num_splits=splits)
-    run = backends.get("triton").bind(_plan(spec, config))
-    out = torch.full((3, 4, queries, 16), torch.nan, dtype=dtype)
-    workspace = torch.full((run.workspace_numel,), torch.nan)
-    assert bool(run.workspace_numel) == (splits > 1)
-    assert run(inputs | {"k": k, "v": v, "out": out, "workspace": workspace}, ("out",))["out"] is out
-    assert_close(out, expected, limit)
+@pytest.mark.parametrize("fields", CASES, ids=str)
+def test_decoding(fields, splits, dtype, limit):
+    """Keys in parts, more of them than some sequences have tiles; test_cuda_decode_parts.py has the same cases."""
+    p = make_parallax_decode_problem(dtype=dtype, **fields)
+    tiles = dict(block_q=16, block_k=16, num_warps=1, num_stages=1)
+    p.assert_decoded("triton", identify(torch.device("cpu")), limit, num_splits=splits, **tiles)
 
 
 def _plan(spec: LLASpec, config: KernelConfig) -> Plan:

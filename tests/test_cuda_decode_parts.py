@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="there is no C++ compil
 DEVICE = resolve("a100")
 LIMITS = {torch.bfloat16: 2.5e-3, torch.float16: 1e-3}
 # Most cases share these sizes, and so their compiled kernels; lengths leave warps, stages and parts without keys.
-SMALL = dict(dtype=torch.bfloat16, capacity=77, lengths=(77, 1, 0, 33), head_dim=40, head_dim_v=24)
+SMALL = dict(dtype=torch.bfloat16, capacity=77, lengths=(77, 40, 0, 33), head_dim=40, head_dim_v=24)
 TILES = dict(block_q=8, block_k=32, num_warps=2, num_stages=2)
 
 
@@ -36,6 +36,7 @@ def test_decoding(fields):
     [
         dict(),
         dict(lengths=None),
+        dict(lengths=(1, 0, 2)),
         dict(queries=3, heads=8, window_size=19),
         dict(queries=16, heads=2, lengths=(77, 16, 3)),
         dict(growth=30.0),

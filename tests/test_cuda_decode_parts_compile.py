@@ -1,4 +1,4 @@
-"""The CUDA kernels that decode Parallax and softmax attention, compiled for GPUs that are not here, and their limits."""
+"""The CUDA kernels that decode Parallax and softmax attention, compiled for GPUs that are not here; their limits."""
 
 import importlib.util
 from dataclasses import replace

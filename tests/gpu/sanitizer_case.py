@@ -9,6 +9,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from decode_problems import STREAM  # noqa: E402
 from on_gpu import forward, gpu_decode, gpu_decode_problem, gpu_packed, gpu_problem, gradients  # noqa: E402
+from parallax_decode_problems import make_parallax_decode_problem  # noqa: E402
 from parallax_problems import (  # noqa: E402
     bound_backward,
     make_packed_parallax_problem,
@@ -33,6 +34,12 @@ DECODE_CASES = [
     dict(heads=4, kv_heads=2, queries=3, capacity=70, lengths=None, window_size=19),
     dict(page_size=5, capacity=75, lengths=[75, 11, 64]),
     dict(page_size=16, capacity=80, lengths=None, queries=2),
+]
+PARALLAX_DECODE_CASES = [
+    dict(capacity=77, lengths=(77, 1, 0)),
+    dict(capacity=77, lengths=(77, 1, 0), op="softmax", heads=8, queries=3, window_size=19),
+    dict(capacity=75, lengths=(75, 11, 64), page_size=5),
+    dict(capacity=80, lengths=None, page_size=16, heads=8, queries=3),
 ]
 
 BACKENDS = ("triton",) if runtime.unavailable() else ("triton", "cuda")
@@ -68,4 +75,9 @@ for fields in DECODE_CASES:
         for num_splits in (1, 3):
             assert_close(gpu_decode(backend, p, num_splits=num_splits), p.reference(), 2.5e-3)
     assert_close(gpu_decode("triton", p, **STREAM), p.reference(), 2.5e-3)
+for fields in PARALLAX_DECODE_CASES:
+    p = make_parallax_decode_problem(**fields, head_dim=40, head_dim_v=24, dtype=torch.bfloat16, device="cuda")
+    for backend in BACKENDS:
+        for num_splits in (1, 3):
+            p.assert_decoded(backend, identify("cuda"), 2.5e-3, num_splits=num_splits)
 print("done")
