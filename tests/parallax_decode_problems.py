@@ -20,9 +20,9 @@ CASES = [
     dict(),
     dict(queries=3, op="softmax"),
     dict(queries=2, window_size=9),
-    dict(page_size=7),
-    dict(queries=3, op="softmax", page_size=7),
-    dict(queries=2, window_size=9, page_size=7),
+    dict(page_size=5),
+    dict(queries=3, op="softmax", page_size=5),
+    dict(queries=2, window_size=9, page_size=5),
 ]
 
 

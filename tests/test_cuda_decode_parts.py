@@ -16,6 +16,7 @@ LIMITS = {torch.bfloat16: 2.5e-3, torch.float16: 1e-3}
 # Most cases share these sizes, and so their compiled kernels; lengths leave warps, stages and parts without keys.
 SMALL = dict(dtype=torch.bfloat16, capacity=77, lengths=(77, 40, 0, 33), head_dim=40, head_dim_v=24)
 TILES = dict(block_q=8, block_k=32, num_warps=2, num_stages=2)
+WIDE = dict(block_q=64, block_k=16, num_warps=8, num_stages=2)
 
 
 def check(splits=(1, 3), tiles=TILES, **fields):
@@ -56,20 +57,26 @@ def test_rows_keys_and_scores(fields):
 @pytest.mark.parametrize(
     "tiles, fields",
     [
-        (dict(block_q=8, block_k=64, num_warps=4, num_stages=3), dict(page_size=5, capacity=75, lengths=(75, 11, 64))),
         (
-            dict(block_q=8, block_k=64, num_warps=2, num_stages=4),
-            dict(page_size=16, capacity=400, lengths=(400, 129), growth=8.0),
+            dict(block_q=8, block_k=128, num_warps=4, num_stages=3),
+            dict(page_size=16, capacity=800, lengths=(800, 129), growth=8.0),
         ),
         (dict(block_q=16, block_k=32, num_warps=4, num_stages=2), dict(heads=8, queries=3, head_dim=128)),
         (
             dict(block_q=32, block_k=32, num_warps=8, num_stages=3),
-            dict(heads=16, queries=3, page_size=32, capacity=96, lengths=None, window_size=19, dtype=torch.float16),
+            dict(
+                heads=16,
+                queries=3,
+                head_dim=33,
+                head_dim_v=5,
+                dtype=torch.float16,
+                page_size=32,
+                capacity=96,
+                lengths=None,
+                window_size=19,
+            ),
         ),
-        (
-            dict(block_q=64, block_k=16, num_warps=8, num_stages=2),
-            dict(heads=12, kv_heads=1, queries=7, op="softmax", head_dim=1, head_dim_v=5),
-        ),
+        (WIDE, dict(heads=12, kv_heads=1, queries=7, op="softmax")),
     ],
     ids=lambda x: " ".join(str(value) for value in x.values()) if "block_q" in x else "",
 )
@@ -84,7 +91,7 @@ def test_unaligned_tensors():
     inputs = dict(p.inputs)
     for name, before in (("q", 1), ("r", 2), ("k", 3), ("v", 5)):
         inputs[name] = torch.nn.functional.pad(inputs[name], (before, 2), value=torch.nan)[..., before:-2]
-    replace(p, inputs=inputs).assert_decoded("cuda", DEVICE, LIMITS[torch.bfloat16], num_splits=2, **TILES)
+    replace(p, inputs=inputs).assert_decoded("cuda", DEVICE, LIMITS[torch.bfloat16], num_splits=1, **TILES)
 
 
 def test_an_offset_costs_no_digits_whatever_part_it_begins_in():
@@ -97,9 +104,9 @@ def test_an_offset_costs_no_digits_whatever_part_it_begins_in():
 
 def test_python_and_cuda_agree_on_sizes():
     """Of the arguments and of shared memory, which the launcher and the resource model count by themselves."""
-    for op, fields in (("parallax", {}), ("softmax", dict(block_q=64, block_k=16, num_warps=8, num_stages=2))):
+    for op, tiles in (("parallax", TILES), ("softmax", WIDE)):  # of which tiles, and what warps have summed, is larger
         p = make_parallax_decode_problem(**SMALL | dict(op=op))
-        launcher = backends.get("cuda").bind(p.plan("cuda", DEVICE, num_splits=3, **TILES | fields))
+        launcher = backends.get("cuda").bind(p.plan("cuda", DEVICE, num_splits=3, **tiles))
         launcher(p.inputs, ("out",))
         [kernels] = launcher._bound.values()
         assert len(kernels) == 2

@@ -18,11 +18,9 @@ GPUS = [device for device in known_devices() if not device.is_cpu]
 # Compute capabilities 8.0, 9.0, 10.0 and 12.0; rows of several warps and pages that are looked up row by row need most.
 CASES = [
     ("a100", dict(head_dim=128)),
-    ("h200", dict(head_dim=128, page_size=16)),
-    ("h200", dict(head_dim=128, page_size=5, op="softmax")),
     ("h200", dict(head_dim=128, num_kv_heads=1, seqlen_q=4)),
     ("b200", dict(head_dim=128, page_size=1, dtype="float16")),
-    ("rtx5090", dict(head_dim=40, head_dim_v=24)),
+    ("rtx5090", dict(head_dim=40, head_dim_v=24, op="softmax")),
 ]
 
 
@@ -54,9 +52,8 @@ def test_defaults_keep_to_registers_and_never_wait_for_other_warps(gpu, fields, 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.id)
 @pytest.mark.parametrize("op", ["parallax", "softmax"])
-@pytest.mark.parametrize("head_dim", [1, 16, 40, 64, 128])
-def test_every_gpu_has_a_default_within_its_limits(device, op, head_dim):
-    for head_dim_v in (head_dim, 5, 128):
+def test_every_gpu_has_a_default_within_its_limits(device, op):
+    for head_dim, head_dim_v in ((1, 1), (40, 128), (64, 64), (128, 5), (128, 128)):
         for fields in (dict(), dict(page_size=16), dict(page_size=1), dict(num_kv_heads=1, seqlen_q=16)):
             spec = spec_of(op, "float16", head_dim, head_dim_v=head_dim_v, **fields)
             config = BACKEND.default_config(spec, device)

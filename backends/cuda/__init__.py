@@ -1,7 +1,7 @@
 """CUDA backend: kernels in CUDA C++, compiled by NVRTC and launched through CuPy, for NVIDIA GPUs.
 
-Both decoding and the forward pass run from compute capability 8.0 on, with wgmma on 9.0; the backward pass of operators
-that solve nothing on 9.0 alone.
+Decoding and the forward pass run from compute capability 8.0 on, with wgmma on 9.0 except where operators that solve
+nothing decode; the backward pass of these operators runs on 9.0 alone.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[g
 
 @lru_cache(maxsize=None)
 def _gram_source_hash() -> str:
-    """Of the kernels of decoding and of what decides their constants."""
+    """Of the kernels of decoding with covariances and of what decides their constants."""
     from lla_compile.backends.cuda.compiler import source_hash
 
     return source_hash(
