@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 WARP_ROWS = 8  # the kernels' constant ROWS
 MATRIX_KEYS = 16  # of an instruction: a warp takes a multiple of them of a tile
-_MERGE_GROUPS = 4
+_MERGE_GROUPS, _MERGE_COLUMNS = 16, 32
 _OTHER_REGISTERS = 56  # addresses, copies, numbers of rows
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 _MOST_BLOCKS = 4  # that the compiler is to leave registers for
@@ -80,19 +80,13 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
         )
     ]  # fmt: skip
     if config.num_splits > 1:
-        merged = _text(common | {"GROUPS": _MERGE_GROUPS})
-        shared = 4 * _MERGE_GROUPS * part
+        columns = min(width_v, _MERGE_COLUMNS)
         launches.append(
             Kernel(
-                "part_merge",
-                "part_merge.cu",
-                (heads * rows, 1),
-                _MERGE_GROUPS * width_v,
-                shared,
-                merged,
-                source.headers,
+                "part_merge", "part_merge.cu", (heads * rows, width_v // columns), _MERGE_GROUPS * columns,
+                4 * _MERGE_GROUPS * part, _text(common | {"GROUPS": _MERGE_GROUPS}), source.headers,
             )
-        )
+        )  # fmt: skip
     return tuple(launches)
 
 

@@ -1,23 +1,23 @@
-// The parts of one row as its output. Groups of threads take every GROUPS-th part, one column each, and then the first
-// group what they have found.
+// The parts of one row as its output, COLUMNS columns to a block. Each of GROUPS groups of threads merges every GROUPS-th
+// part, and then the first group what all have found: many parts are read at once, and few one after another.
 #include <part_column.cuh>
 
-constexpr int THREADS = GROUPS * BLOCK_DV;
+constexpr int COLUMNS = BLOCK_DV < 32 ? BLOCK_DV : 32;
+constexpr int THREADS = GROUPS * COLUMNS;
 
 struct Shared {
-    float found[GROUPS][PART];
+    float found[GROUPS][PART];  // of the block's columns, as if they were the first ones
 };
 
 KERNEL(THREADS, 1) part_merge(PARAMETER PartArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-    int thread = threadIdx.x, group = thread / BLOCK_DV, column = thread % BLOCK_DV;
-    int rows = g.group_size * g.seqlen_q;
+    int thread = threadIdx.x, group = thread / COLUMNS, local = thread % COLUMNS;
+    int rows = g.group_size * g.seqlen_q, column = blockIdx.y * COLUMNS + local;
     const float* parts = g.parts + int64_t(blockIdx.x) * g.num_splits * PART;
     int count = (g.num_splits - group + GROUPS - 1) / GROUPS;
-    Sums sums = merge_column(parts + group * PART, GROUPS * PART, count, column);
-    store_column(shared.found[group], column, sums);
+    store_column(shared.found[group], local, merge_column(parts + group * PART, GROUPS * PART, count, column));
     sync_block();
     if (group) return;
-    sums = merge_column(shared.found[0], PART, GROUPS, column);
+    Sums sums = merge_column(shared.found[0], PART, GROUPS, local);
     store_output(g, blockIdx.x / rows, blockIdx.x % rows, column, sums);
 }
