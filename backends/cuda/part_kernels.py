@@ -28,8 +28,8 @@ def key_warps(config: KernelConfig) -> int:
 
 
 def registers(spec: LLASpec, config: KernelConfig) -> int:
-    """What a thread of the pass cannot do without: sums, rows as operands, scores and weights, and the pages of the rows
-    that it copies."""
+    """What a thread of the pass cannot do without: sums, rows as operands, scores and weights, and the pages of the
+    rows that it copies."""
     (sweep,) = print_parts(spec.op).program.sweeps
     keys = config.block_k // key_warps(config)
     sums = len(sweep.accumulators) * padded_width(spec.head_dim_v) // 4

@@ -1,5 +1,5 @@
-// The parts of one row as its output, COLUMNS columns to a block. Each of GROUPS groups of threads merges every GROUPS-th
-// part, and then the first group what all have found: many parts are read at once, and few one after another.
+// The parts of one row as its output, COLUMNS columns to a block. Each of GROUPS groups of threads merges every
+// GROUPS-th part, and then the first group what all have found: many parts are read at once, few one after another.
 #include <part_column.cuh>
 
 constexpr int COLUMNS = BLOCK_DV < 32 ? BLOCK_DV : 32;

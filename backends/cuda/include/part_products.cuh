@@ -1,5 +1,5 @@
 // Products of one warp (mma.sync) that decodes: its 8 queries and their 8 probes are one left operand, so that a
-// product with keys gives both scores of a pair to one thread, and weights are a right operand of 8 columns as they are.
+// product with keys gives both scores of a pair to one thread, and weights are a right operand of 8 columns as is.
 #pragma once
 #include <part_softmax.cuh>
 #include <part_tile.cuh>

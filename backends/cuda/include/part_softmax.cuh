@@ -1,6 +1,6 @@
 // How the scores of a warp's keys become weights: p, the softmax of the first, and a function of p and the second,
-// which is relative to its mean under p. Every warp has maxima and means of its own, those of some keys before: they and
-// the sums so far are moved only where weights relative to them would grow too large, or their second moment, these
+// which is relative to its mean under p. Every warp has maxima and means of its own, those of some keys before: they
+// and the sums so far are moved only where weights relative to them would grow too large, or their second moment, these
 // keys' included. So a key that outweighs all before it has its own mean, and no large number is rounded.
 //
 // A thread has one row, lane / 4: of eight keys numbers 0 and 1 of a tile are the first scores of two, and numbers 2
