@@ -9,7 +9,7 @@ KERNEL(THREADS, BLOCKS) SWEEP(PARAMETER SweepArguments g) {
         shared.block = HeldBlock(g, blockIdx.x);
         for (int stage = 0; stage < STAGES; ++stage) {
             init_barrier(&shared.full[stage], GROUP);
-            init_barrier(&shared.empty[stage], 4 * ROW_GROUPS);
+            init_barrier(&shared.empty[stage], RELEASES);
         }
     }
     sync_block();

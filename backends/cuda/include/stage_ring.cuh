@@ -9,6 +9,8 @@ constexpr int GROUP = 2 * GROUP_ROWS;  // threads
 constexpr int ROW_GROUPS = HELD_ROWS / GROUP_ROWS;
 constexpr int THREADS = GROUP * (ROW_GROUPS + 1);
 constexpr int STEPS = BLOCK_K / 16;
+// Of a stage that is no longer needed: one for every warp, or all lanes that have read numbers of rows from it.
+constexpr int RELEASES = ROW_GROUPS * (HOLDS_KEYS ? GROUP : GROUP / 32);
 // Of a multiprocessor's 65536 registers, in eights for each thread.
 constexpr int COPY_REGISTERS = ROW_GROUPS == 3 ? 32 : 24;
 constexpr int ROW_REGISTERS = ROW_GROUPS == 3 ? 160 : BLOCKS == 2 ? 232 : 240;

@@ -117,7 +117,7 @@ struct Group {
 
     DEVICE void release() {
         sync_warp();
-        if (HeldRows::lane() == 0) arrive(&shared.empty[turn.stage]);
+        if (HOLDS_KEYS || HeldRows::lane() == 0) arrive(&shared.empty[turn.stage]);
         turn.next();
     }
     DEVICE void take_turn() const {
