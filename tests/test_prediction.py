@@ -5,41 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from prediction_cases import A100, FUSED, H200, L4, kernel, loop, spec_of
 
 from lla_compile.devices import identify_properties, known_devices, resolve
 from lla_compile.plans import KernelConfig
 from lla_compile.prediction.efficiency import START
-from lla_compile.prediction.features import KernelFeatures, LoopMix
-from lla_compile.prediction.model import Unpredictable, loops_of_passes, predict, turn_clocks
+from lla_compile.prediction.features import KernelFeatures
+from lla_compile.prediction.layouts import Part, Unpredictable, turns_of_passes
+from lla_compile.prediction.model import predict, turn_clocks
 from lla_compile.prediction.occupancy import blocks_per_sm, makespan
 from lla_compile.prediction.workload import iterations, workload
 from lla_compile.spec import LLASpec
-
-H200, A100, L4 = (resolve(name) for name in ("h200", "a100", "l4"))
-FUSED = KernelConfig("triton", "fused", 64, 64, 32, 4, 3)
-
-
-def spec_of(seqlen=256, heads=2, phase="forward", precision="fast", causal=True, **fields) -> LLASpec:
-    return replace(
-        LLASpec.self_attention(
-            "bfloat16", 64, seqlen, heads, None, phase=phase, precision=precision, is_causal=causal
-        ),
-        **fields,
-    )
-
-
-def loop(**fields) -> LoopMix:
-    mix = LoopMix(
-        issue=200, special=32, matrix=12, matrix_flops=0, grouped=True, waits=2, barriers=2, shared_bytes=0,
-        copied_bytes=2048, loaded_bytes=0, local=0,
-    )  # fmt: skip
-    return replace(mix, **fields)
-
-
-def kernel(loops=6, registers=255, shared=50_000, **fields) -> KernelFeatures:
-    mixes = tuple(loop(copied_bytes=2048 * (i % 2 == 0), loaded_bytes=2048 * (i % 2)) for i in range(loops))
-    return replace(KernelFeatures("k", 4, registers, shared, 0, 5000, mixes), **fields)
-
 
 def test_every_gpu_has_the_rates_and_its_clock_is_the_data_sheets():
     for device in known_devices():
@@ -152,7 +128,7 @@ def test_a_part_of_a_cache_is_a_block():
 
 def test_each_term_makes_a_turn_longer():
     def clocks(resident=1, device=H200, **fields):
-        return turn_clocks(loop(**fields), 4, resident, 1e6, device, START)
+        return turn_clocks((Part(loop(**fields), 4),), resident, 1e6, device, START)
 
     base = clocks()
     for term in ({"issue": 400}, {"special": 300}, {"waits": 12}, {"barriers": 20}, {"shared_bytes": 60_000},
@@ -183,9 +159,9 @@ def test_what_is_not_known_is_refused():
     with pytest.raises(Unpredictable, match="nvidia-nothing-1-7sm cannot be predicted: .*bandwidth_gbs"):
         predict(spec_of(), FUSED, unlisted, [kernel()])
     with pytest.raises(Unpredictable, match="7 loops over tiles for 3 sweep"):
-        loops_of_passes(kernel(loops=7), 3)
-    with pytest.raises(Unpredictable, match="cuda split has 3 kernels, the model knows 4"):
-        predict(spec_of(), replace(FUSED, backend="cuda", schedule="split"), H200, 3 * [kernel()])
+        turns_of_passes(kernel(loops=7), workload(spec_of(), FUSED).launches[0].passes)
+    with pytest.raises(Unpredictable, match="cuda split has 2 kernels, the model knows 3"):
+        predict(spec_of(), replace(FUSED, backend="cuda", schedule="split"), H200, 2 * [kernel()])
     with pytest.raises(NotImplementedError, match="packed"):
         workload(spec_of(num_sequences=3), FUSED)
 

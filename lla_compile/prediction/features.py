@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Mapping, Sequence
 
 from lla_compile.prediction.cubin import Cubin, Loop
@@ -12,7 +12,7 @@ from lla_compile.prediction.cubin import Cubin, Loop
 _LANES = 32
 _SPECIAL = ("MUFU", "F2F", "F2I", "I2F")  # on the pipe of special functions: a conversion costs as much as an exp2
 _SHARED = ("LDS", "LDSM", "STS")
-_MATRIX = re.compile(r"[A-Z]*(HGMMA|HMMA|MMA)\.(?:(\d+)x(\d+)x(\d+)|(\d+))")
+_MATRIX = re.compile(r"[A-Z]*?(HGMMA|HMMA|MMA)\.(?:(\d+)x(\d+)x(\d+)|(\d+))")
 _MATRIX_NAMES = ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA")
 _MATRIX_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
 _WARPS_OF_A_GROUP = 4
@@ -20,7 +20,7 @@ _WARPS_OF_A_GROUP = 4
 
 @dataclass(frozen=True)
 class LoopMix:
-    """One turn of an innermost loop, for one warp.
+    """One turn of a loop, for one warp.
 
     Attributes:
         issue: instructions.
@@ -34,6 +34,8 @@ class LoopMix:
         copied_bytes: copied from global to shared memory behind the warp's back.
         loaded_bytes: loaded from global memory into registers.
         local: accesses of local memory, that is of spilled registers.
+        signals: instructions on barriers in shared memory, by which groups of warps wait for each other.
+        inner: innermost loops that it goes through besides; 0 of an innermost one.
     """
 
     issue: int
@@ -47,6 +49,8 @@ class LoopMix:
     copied_bytes: int
     loaded_bytes: int
     local: int
+    signals: int = 0
+    inner: int = 0
 
     @property
     def loads(self) -> bool:
@@ -59,7 +63,7 @@ class LoopMix:
         return self.loaded_bytes > 0
 
     @classmethod
-    def of(cls, loop: Loop) -> LoopMix:
+    def of(cls, loop: Loop, inner: int = 0) -> LoopMix:
         counts = loop.counts
         flops, grouped = _matrix_flops(loop.modified)
         return cls(
@@ -74,7 +78,19 @@ class LoopMix:
             copied_bytes=_bytes(loop.modified, ("LDGSTS",)),
             loaded_bytes=_bytes(loop.modified, ("LDG",)),
             local=counts["LDL"] + counts["STL"],
+            signals=counts["SYNCS"],
+            inner=inner,
         )
+
+    @classmethod
+    def sum_of(cls, *parts: tuple[LoopMix, float]) -> LoopMix:
+        """Several loops, each turned so many times."""
+        totals = {
+            f.name: sum(getattr(mix, f.name) * times for mix, times in parts)
+            for f in fields(cls)
+            if f.name not in ("grouped", "inner")
+        }
+        return cls(**totals, grouped=any(mix.grouped for mix, _ in parts))
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,8 @@ class KernelFeatures:
         shared: bytes of shared memory of a block.
         stack: bytes of local memory of a thread.
         issue: instructions of the whole kernel, each counted once.
-        loops: the innermost loops that use tensor cores, in the order of the code.
+        loops: in the order of the code, the innermost loops that use tensor cores; of kernels whose warps do different
+            things also those that copy, and what is around several that use tensor cores.
     """
 
     name: str
@@ -100,8 +117,9 @@ class KernelFeatures:
     loops: tuple[LoopMix, ...]
 
     @classmethod
-    def of(cls, cubin: Cubin) -> KernelFeatures:
-        mixes = tuple(LoopMix.of(loop) for loop in cubin.loops)
+    def of(cls, cubin: Cubin, by_hand: bool = False) -> KernelFeatures:
+        """Read a kernel; one that is written ``by_hand`` jumps over what a turn rarely needs, such as masks."""
+        mixes = _loops_by_hand(cubin) if by_hand else tuple(map(LoopMix.of, cubin.loops))
         return cls(
             name=cubin.name,
             num_warps=cubin.num_warps,
@@ -109,7 +127,7 @@ class KernelFeatures:
             shared=cubin.shared,
             stack=cubin.stack,
             issue=len(cubin.instructions),
-            loops=tuple(mix for mix in mixes if mix.matrix),
+            loops=tuple(mix for mix in mixes if mix.matrix or by_hand and mix.copied_bytes),
         )
 
     def as_dict(self) -> dict:
@@ -118,6 +136,15 @@ class KernelFeatures:
     @classmethod
     def from_dict(cls, values: Mapping) -> KernelFeatures:
         return cls(**(dict(values) | {"loops": tuple(LoopMix(**mix) for mix in values["loops"])}))
+
+
+def _loops_by_hand(cubin: Cubin) -> tuple[LoopMix, ...]:
+    """Ordinary turns of the innermost loops, and of what is around several that use tensor cores."""
+    found = {loop.start: LoopMix.of(cubin.ordinary_turn(loop)) for loop in cubin.loops}
+    for loop, inner in cubin.enclosing.items():
+        if len(inner) > 1 and all(found[x.start].matrix for x in inner):
+            found[loop.start] = LoopMix.of(loop, len(inner))
+    return tuple(mix for _, mix in sorted(found.items()))
 
 
 def _matrix_flops(modified: Counter) -> tuple[int, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Mapping, Sequence
 
 from lla_compile import backends
 from lla_compile.devices import DeviceInfo
@@ -54,7 +55,11 @@ class Library:
 
     def load(self, path: Path) -> None:
         """Add what a file holds."""
-        for identity, kernels in json.loads(path.read_text()).items():
+        self.add(json.loads(path.read_text()))
+
+    def add(self, features: Mapping[str, Sequence[Mapping]]) -> None:
+        """Add the kernels of plans by identity, as :meth:`save` writes them."""
+        for identity, kernels in features.items():
             self._known[identity] = tuple(map(KernelFeatures.from_dict, kernels))
 
 
@@ -79,4 +84,4 @@ def identity_of(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str:
 def compile_features(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> Features:
     """Compile a plan's kernels for a device that need not be there, and read them."""
     binaries = backends.get(config.backend).binaries(spec, config, device)
-    return tuple(KernelFeatures.of(Cubin(*binary)) for binary in binaries)
+    return tuple(KernelFeatures.of(Cubin(*binary), by_hand=config.backend == "cuda") for binary in binaries)

@@ -7,11 +7,13 @@ from typing import Sequence
 
 import numpy as np
 
+from lla_compile.backends.head_groups import heads_per_group
 from lla_compile.devices import DeviceInfo
 from lla_compile.plans import KernelConfig
 from lla_compile.prediction import efficiency
 from lla_compile.prediction.efficiency import Efficiency
-from lla_compile.prediction.features import KernelFeatures, LoopMix
+from lla_compile.prediction.features import KernelFeatures
+from lla_compile.prediction.layouts import Part, Turn, Unpredictable, turns_of_passes
 from lla_compile.prediction.occupancy import blocks_per_sm, makespan
 from lla_compile.prediction.workload import Launch, Workload, workload
 from lla_compile.spec import LLASpec
@@ -28,10 +30,6 @@ HEAD_START_MS = 0.4
 # compilers park addresses and row state, or spill in a sweep that runs once a call beside many turns of CG. On an H200
 # every plan above it took at least 1.2 times as long as the best, and plans with up to 2.4 % won.
 _SPILLED_SHARE = 0.03
-
-
-class Unpredictable(ValueError):
-    """The model does not know the device or the kernel well enough; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,13 @@ def predict(
     Args:
         spec, config, device: the plan.
         kernels: what it compiles to, in launch order.
-        constants: of the model; None takes those of the phase.
+        constants: of the model; None takes those of the backend and the phase.
 
     Raises:
         Unpredictable: figures of the device are missing, or a kernel is not laid out as the workload says.
     """
     require_rates(device)
-    constants = constants or efficiency.BY_PHASE[spec.phase]
+    constants = constants or efficiency.BY_BACKEND[config.backend][spec.phase]
     work = workload(spec, config)
     if len(kernels) < (expected := 1 + max((launch.kernel for launch in work.launches), default=-1)):
         raise Unpredictable(
@@ -109,57 +107,54 @@ def spilled_share(work: Workload, kernels: Sequence[KernelFeatures]) -> float:
     """Accesses of local memory among the instructions that the loops over tiles execute."""
     local = issue = 0.0
     for launch in work.launches:
-        loops = loops_of_passes(kernels[launch.kernel], len(launch.passes)) if launch.passes else ()
-        for own, pair in zip(launch.passes, loops):
-            for loop, turns in zip(pair, (own.turns.sum(), own.masked.sum())):
-                executed = turns * launch.count * launch.copies * kernels[launch.kernel].num_warps
-                local += executed * loop.local
-                issue += executed * loop.issue
+        pairs = turns_of_passes(kernels[launch.kernel], launch.passes) if launch.passes else ()
+        for own, pair in zip(launch.passes, pairs):
+            for turn, count in zip(pair, (own.turns.sum(), own.masked.sum())):
+                for part in turn:
+                    executed = count * launch.count * launch.copies * part.warps
+                    local += executed * part.mix.local
+                    issue += executed * part.mix.issue
     return float(local / issue) if issue else 0.0
 
 
-def turn_clocks(
-    loop: LoopMix, num_warps: int, resident: int, flops: float, device: DeviceInfo, constants: Efficiency
-) -> float:
+def turn_clocks(turn: Turn, resident: int, flops: float, device: DeviceInfo, constants: Efficiency) -> float:
     """Clocks of one turn of a loop while ``resident`` blocks share the multiprocessor.
 
     Args:
-        loop: one turn, for one warp.
-        num_warps: of a block.
+        turn: what the warps of a block execute.
         resident: blocks on the multiprocessor.
         flops: tile products of one turn of a block.
     """
     peak = device.tensor_flops_per_clock * constants.tensor
-    if not loop.grouped and device.compute_capability.startswith("9."):
-        peak *= constants.legacy_tensor
+    if device.compute_capability.startswith("9."):
+        grouped = any(part.mix.grouped for part in turn)
+        peak *= constants.hopper_tensor * (1.0 if grouped else constants.legacy_tensor)
     tensor = flops / peak
-    issue = loop.issue * num_warps / _SCHEDULERS
+
+    def of_all(rate):
+        return sum(rate(part.mix) * part.warps for part in turn)
+
     throughputs = (
         tensor,
-        loop.special * num_warps * _LANES / device.special_per_clock,
-        issue / constants.issue,
-        (loop.shared_bytes + loop.copied_bytes) * num_warps / (_SHARED_BYTES_PER_CLOCK * constants.shared),
-        (loop.copied_bytes + loop.loaded_bytes) * num_warps / constants.l2_bytes,
-        loop.local * num_warps * constants.local,
+        of_all(lambda mix: mix.special) * _LANES / device.special_per_clock,
+        of_all(lambda mix: mix.issue) / _SCHEDULERS / constants.issue,
+        of_all(lambda mix: mix.shared_bytes + mix.copied_bytes) / (_SHARED_BYTES_PER_CLOCK * constants.shared),
+        of_all(lambda mix: mix.copied_bytes + mix.loaded_bytes) / constants.l2_bytes,
+        of_all(lambda mix: mix.local) * constants.local,
     )
-    alone = tensor + loop.issue * max(1.0, num_warps / _SCHEDULERS) * constants.cpi
-    alone += loop.waits * constants.wait + loop.barriers * num_warps * constants.barrier
-    alone += constants.load if loop.loaded_bytes else 0.0
-    return _overlapped((*(resident * clocks for clocks in throughputs), alone), constants.overlap)
+    alone = max(_alone_clocks(part, tensor, constants) for part in turn)
+    copied = max(part.latencies for part in turn) * constants.load
+    return _overlapped((*(resident * clocks for clocks in throughputs), alone, copied), constants.overlap)
 
 
-def loops_of_passes(kernel: KernelFeatures, passes: int) -> list[tuple[LoopMix, LoopMix]]:
-    """The loop over unmasked tiles and one over masked tiles of each sweep of a kernel.
-
-    Raises:
-        Unpredictable: the kernel has other loops than one to three a sweep.
-    """
-    loading = [loop for loop in kernel.loops if loop.loads]
-    each, rest = divmod(len(loading), passes)
-    if rest or not 1 <= each <= 3:
-        raise Unpredictable(f"{kernel.name} has {len(loading)} loops over tiles for {passes} sweep(s)")
-    groups = [loading[i * each : (i + 1) * each] for i in range(passes)]
-    return [(group[1] if each == 3 else group[0], group[-1]) for group in groups]
+def _alone_clocks(part: Part, tensor: float, constants: Efficiency) -> float:
+    """Of a turn of one group of these warps where nothing else runs; ``tensor`` are those of the block's products."""
+    warps = part.warps / part.groups
+    products = tensor / part.groups if part.mix.matrix else 0.0
+    clocks = part.mix.issue * max(1.0, warps / _SCHEDULERS) * constants.cpi
+    clocks = _overlapped((products, clocks), constants.overlap if part.ahead else 1.0)
+    clocks += part.mix.waits * constants.wait + part.mix.barriers * warps * constants.barrier
+    return clocks + (constants.load if part.mix.loaded_bytes else 0.0)
 
 
 def _clocks(launch: Launch, kernel: KernelFeatures, device: DeviceInfo, constants: Efficiency) -> float:
@@ -172,12 +167,17 @@ def _clocks(launch: Launch, kernel: KernelFeatures, device: DeviceInfo, constant
     blocks = len(launch.passes[0].turns) * launch.copies
     resident = max(1, min(resident, -(-blocks // device.sms)))
     durations = np.full(len(launch.passes[0].turns), constants.block)
-    threads = _LANES * kernel.num_warps
-    for work, (hot, masked) in zip(launch.passes, loops_of_passes(kernel, len(launch.passes))):
-        arguments = (kernel.num_warps, resident, work.flops, device, constants)
+    for work, (hot, masked) in zip(launch.passes, turns_of_passes(kernel, launch.passes)):
+        arguments = (resident, work.flops, device, constants)
         durations += work.turns * turn_clocks(hot, *arguments) + work.masked * turn_clocks(masked, *arguments)
+        threads = _LANES * sum(part.warps for part in hot if part.mix.matrix)
         durations += work.updates * constants.update * work.rows * work.columns / threads
-    return makespan(durations, launch.copies, resident * device.sms)
+    copies = launch.copies
+    if launch.head_bytes:
+        together = heads_per_group(copies, launch.head_bytes, launch.sharing, device)
+        groups = [min(together, copies - first) for first in range(0, copies, together)]
+        durations, copies = np.tile(durations, len(groups)), np.repeat(groups, len(durations))
+    return makespan(durations, copies, resident * device.sms)
 
 
 def _overlapped(clocks: Sequence[float], exponent: float) -> float:

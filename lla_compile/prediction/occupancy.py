@@ -33,22 +33,24 @@ def blocks_per_sm(registers: int, shared: int, num_warps: int, device: DeviceInf
     return min(limits) if shared <= device.shared_memory_per_block else 0
 
 
-def makespan(durations: np.ndarray, copies: int, slots: int) -> float:
+def makespan(durations: np.ndarray, copies: int | np.ndarray, slots: int) -> float:
     """The time until all blocks have run.
 
     Args:
         durations: of the blocks in launch order.
-        copies: blocks of each duration, launched one after another.
+        copies: blocks of each duration, launched one after another; one number for all or one for each.
         slots: blocks that run at a time.
     """
-    if not durations.size or not copies:
+    copies = np.broadcast_to(copies, durations.shape)
+    if not copies.any():
         return 0.0
-    total = float(durations.sum()) * copies
-    if durations.size * copies > _BALANCED * slots:
-        return max(total / slots + float(durations.mean()) / 2, float(durations.max()))
+    total = float(durations @ copies)
+    if copies.sum() > _BALANCED * slots:
+        return max(total / slots + total / float(copies.sum()) / 2, float(durations.max()))
     free = np.zeros(slots)
-    for duration in durations[durations > 0]:
-        left = copies
+    for duration, left in zip(durations, copies):
+        if not duration:
+            continue
         while left:
             # None of these slots is free for a second block before each has had its first.
             together = int((free < free.min() + duration).sum())
