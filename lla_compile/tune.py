@@ -345,7 +345,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--group", nargs="+", type=positive, metavar="G", help="query heads a key head, to decode")
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, help="default: causal")
-    parser.add_argument("--backend", nargs="+", choices=backends.NAMES, help="search these backends only")
+    parser.add_argument(
+        "--backend", nargs="+", choices=backends.NAMES,
+        help="search these backends only (default: all that can run; where times are predicted, triton)",
+    )  # fmt: skip
     parser.add_argument(
         "--verify", action="store_true",
         help="instead of searching, measure what the database says of this machine again, write the new figures and "

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from lla_compile.key import bucket_of
 from lla_compile.plans import KernelConfig, Source
 from lla_compile.prediction.features import KernelFeatures, LoopMix
 from lla_compile.spec import LLASpec
-from lla_compile.tuner import predictor
+from lla_compile.tuner import predictor, toolchain
 from lla_compile.tuner.outcome import Kind
-from lla_compile.tuner.predictor import Predictor, comparable, features_of
+from lla_compile.tuner.predictor import Predictor, comparable, features_of, predictable_backends
 from lla_compile.tuner.problem import Problem
-from lla_compile.tuner.space import SearchSpace, usable_backends
+from lla_compile.tuner.space import SearchSpace
 from lla_compile.tuning_db import lookup, read, record, store
 
 A100, H200 = resolve("a100"), resolve("h200")
@@ -74,8 +75,8 @@ class NoPool:
         return None
 
 
-def space_of(spec=SPEC, device=A100) -> SearchSpace:
-    return comparable(SearchSpace.joint(spec, device, usable_backends(spec, device, ("triton",))))
+def space_of(spec=SPEC, device=A100, names=()) -> SearchSpace:
+    return comparable(SearchSpace.joint(spec, device, predictable_backends(spec, device, names)))
 
 
 def test_a_prediction_is_an_outcome_without_an_error(tmp_path, no_compiler):
@@ -147,6 +148,46 @@ def test_tune_for_an_absent_gpu_writes_a_prediction_that_plans_use(tmp_path, no_
     assert best["median_ms"] == pytest.approx(entry.result["predicted_ms"], rel=1e-3)
 
 
+def test_backends_that_are_named_are_ranked_together(tmp_path, no_compiler, monkeypatch, capsys):
+    """By their predicted times, with neither CuPy nor the GPU here; Triton's alone unless others are named."""
+
+    def features(spec, config, device, folder):
+        kernels = 1 if config.schedule == "fused" else 3 if config.backend == "cuda" else 4
+        (kernel,) = made_up(replace(config, schedule="fused"))
+        slower = 20 if config.backend == "triton" else 1
+        loops = tuple(replace(mix, issue=slower * mix.issue) for mix in kernel.loops)
+        return kernels * (replace(kernel, loops=loops if kernels == 1 else loops[:2]),)
+
+    monkeypatch.setattr(predictor, "features_of", features)
+    monkeypatch.setattr(predictor, "_cannot_compile", lambda name: None)
+    monkeypatch.setattr(toolchain.nvrtc, "load", lambda: SimpleNamespace(version=(13, 0)))
+    arguments = "--gpu a100 --head-dim 64 --seqlen 1024 --precision fast --trials 8 --seed 1".split()
+    trials = tmp_path / "trials.jsonl"
+    assert tune.main([*arguments, "--trials-out", str(trials), "--backend", "triton", "cuda"]) == tune.EXIT_OK
+    tried = [json.loads(line) for line in trials.read_text().splitlines()]
+    best = min((x for x in tried if x["kind"] == "ok"), key=lambda x: x["median_ms"])
+    assert {x["plan"]["backend"] for x in tried} == {"triton", "cuda"} and best["plan"]["backend"] == "cuda"
+    (entry,) = read(tmp_path / "overlay" / "nvidia-a100-40gb.yaml").entries
+    assert entry.config.as_dict() == best["plan"] and entry.toolchain == {"torch": torch.__version__, "cuda": "13.0"}
+    assert entry.result["predicted_default_ms"] > entry.result["predicted_ms"]
+    assert list(space_of().knobs) == ["triton"]
+    capsys.readouterr()
+    assert tune.main([*arguments, "--backend", "eager"]) == tune.EXIT_FAILED
+    assert "eager compiles no kernels that could be read: measure it on the device; --backend takes triton, cuda" in (
+        " ".join(capsys.readouterr().out.split())
+    )
+
+
+def test_what_a_backend_lacks_is_said(monkeypatch):
+    monkeypatch.setattr(predictor, "_cannot_compile", lambda name: None)
+    with pytest.raises(ValueError, match="its backward kernels are of operators that solve nothing"):
+        predictable_backends(replace(SPEC, phase="backward"), H200, ("cuda",))
+    monkeypatch.setattr(predictor, "_cannot_compile", lambda name: "no compiler" if name == "cuda" else None)
+    assert list(predictable_backends(SPEC, A100, ("cuda", "triton"))) == ["triton"]
+    with pytest.raises(ValueError, match="cuda: no compiler; --backend takes triton, cuda"):
+        predictable_backends(SPEC, A100, ("cuda",))
+
+
 def test_a_gpu_of_unknown_rates_is_refused(monkeypatch, capsys):
     unknown = replace(A100, special_per_clock=0)
     monkeypatch.setattr(tune, "find_device", lambda name: (unknown, None))
@@ -170,6 +211,21 @@ def test_a_prediction_never_shadows_a_measurement(tmp_path):
     record(H200, [make_entry(seqlen=4096)])
     record(H200, [make_entry(seqlen=4096, provenance="predicted", block_q=128, date="2030-01-01")])
     assert find().entry.measured and find().source is Source.EXACT
+
+
+def test_of_predictions_the_fastest_backend_goes_first():
+    """Each backend has its own; what the first cannot run, the next does."""
+    for name, time in {"triton": 2.0, "cuda": 1.0}.items():
+        record(H200, [make_entry(seqlen=4096, provenance="predicted", backend=name, median_ms=time)])
+
+    def found(refused=()):
+        match = lookup(KEY, bucket_of(4096, 32), seqlen=4096, batch_heads=32, device=H200,
+                       reject=lambda config, entry: "no" if config.backend in refused else None)  # fmt: skip
+        return match.entry.config.backend
+
+    assert found() == "cuda" and found({"cuda"}) == "triton"
+    record(H200, [make_entry(seqlen=4096, median_ms=3.0)])
+    assert find().entry.measured and find().entry.config.backend == "triton"
 
 
 def test_a_prediction_fills_what_no_measurement_covers(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from dataclasses import replace
@@ -10,8 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Sequence
 
+from lla_compile import backends
+from lla_compile.backends import Backend
 from lla_compile.devices import DeviceInfo
 from lla_compile.plans import KernelConfig
+from lla_compile.prediction import efficiency
 from lla_compile.prediction.features import KernelFeatures
 from lla_compile.prediction.library import Features, compile_features, identity_of
 from lla_compile.prediction.model import predict
@@ -21,9 +25,9 @@ from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.space import SearchSpace
 from lla_compile.tuner.timing import Timing
 
-
-# Backends whose loops the model knows.
-_MODELLED = ("triton",)
+# Searched unless others are named: a GPU's machine has Triton from PyTorch, but CuPy, which the CUDA backend launches
+# through, only if somebody has installed it.
+_SEARCHED = ("triton",)
 
 
 class Predictor:
@@ -66,17 +70,45 @@ def ahead(folder: Path):
     return partial(_compile_ahead, folder=folder)
 
 
-def comparable(space: SearchSpace) -> SearchSpace:
-    """The part of a space that the model knows, and whose accuracy is that of the default, since none can be measured: its
-    cap on the iterations, and for decoding its schedule, are the default's.
+def predictable_backends(spec: LLASpec, device: DeviceInfo, requested: Sequence[str] = ()) -> dict[str, Backend]:
+    """The backends whose times can be predicted here, in order of preference; Triton's alone unless others are named.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: none of them; the message says why, and what to do.
     """
+    modelled = ", ".join(efficiency.BY_BACKEND)
+    found, refused = {}, []
+    for name in requested or _SEARCHED:
+        if name not in efficiency.BY_BACKEND:
+            refused.append(f"{name} compiles no kernels that could be read: measure it on the device")
+        elif why := _cannot_compile(name) or backends.get(name).unsupported_spec(spec, device):
+            refused.append(f"{name}: {why}")
+        else:
+            found[name] = backends.get(name)
+    if not found:
+        raise ValueError(
+            f"times of {spec.describe()} on {device.id} cannot be predicted: {'; '.join(refused)}; --backend takes "
+            f"{modelled}"
+        )
+    return found
+
+
+def _cannot_compile(name: str) -> str | None:
+    """What is missing on this machine to compile a backend's kernels and to read them, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, whose disassembler reads kernels (pip install triton)"
+    if name == "cuda":
+        from lla_compile.backends.cuda import compiler
+
+        return compiler.unavailable()
+    return None
+
+
+def comparable(space: SearchSpace) -> SearchSpace:
+    """The part of a space whose accuracy is that of the defaults, since none can be measured: the cap on iterations,
+    and for decoding the schedule, are those of each backend's default."""
     knobs = {}
     for name, own in space.knobs.items():
-        if name not in _MODELLED:
-            continue
         default = space.backends[name].default_config(space.spec, space.device)
         fixed = ("cg_max_iters", "schedule") if space.spec.phase == "decode" else ("cg_max_iters",)
         knobs[name] = dict(own) | {knob: (getattr(default, knob),) for knob in fixed}
@@ -85,10 +117,7 @@ def comparable(space: SearchSpace) -> SearchSpace:
             knobs[name] = {
                 knob: values if getattr(default, knob) is not None else (None,) for knob, values in kept.items()
             }
-    modelled = {name: backend for name, backend in space.backends.items() if name in knobs}
-    if not modelled:
-        raise ValueError(f"times of {', '.join(space.backends)} cannot be predicted; --backend {_MODELLED[0]} can be")
-    return replace(space, knobs=knobs, backends=modelled)
+    return replace(space, knobs=knobs)
 
 
 def features_of(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> Features:

@@ -17,7 +17,7 @@ from lla_compile.tuner.compile_pool import CompilePool
 from lla_compile.tuner.evaluate import Evaluator
 from lla_compile.tuner.interruption import Interruption
 from lla_compile.tuner.outcome import DeviceLost
-from lla_compile.tuner.predictor import Predictor, comparable
+from lla_compile.tuner.predictor import Predictor, comparable, predictable_backends
 from lla_compile.tuner.presets import Preset
 from lla_compile.tuner.problem import Problem
 from lla_compile.tuner.search import Budget, Search, evaluated, failures, ranked
@@ -138,13 +138,15 @@ def explore_key(problem: Problem, settings: Settings, watcher: Watcher) -> None:
 
 
 def _space(problem: Problem, settings: Settings) -> SearchSpace:
-    usable = usable_backends(problem.spec, problem.device, settings.backends)
-    space = SearchSpace.joint(problem.spec, problem.device, usable)
-    return space if settings.features is None else comparable(space)
+    predicts = settings.features is not None
+    found = (predictable_backends if predicts else usable_backends)(problem.spec, problem.device, settings.backends)
+    space = SearchSpace.joint(problem.spec, problem.device, found)
+    return comparable(space) if predicts else space
 
 
 def _study(problem: Problem, space: SearchSpace, settings: Settings, resume: bool) -> TuningStudy:
-    name = study_name(settings.storage, _study_base(problem, space, settings.seed, settings.features is not None), resume)
+    base = _study_base(problem, space, settings.seed, settings.features is not None)
+    name = study_name(settings.storage, base, resume)
     return TuningStudy(settings.storage, name, space, settings.seed)
 
 
@@ -181,6 +183,8 @@ def _study_base(problem: Problem, space: SearchSpace, seed: int, predicted: bool
     """What makes two searches the same one: device, key, sizes, kernels and toolchain or compilers and model, seed."""
     spec = problem.spec
     sizes = f"N{spec.seqlen_k} BH{spec.batch_heads}"
-    versions = compilers() | {"model": str(efficiency.VERSION)} if predicted else toolchain(problem.torch_device.type)
+    versions = toolchain(problem.torch_device.type)
+    if predicted:
+        versions = compilers(space.backends) | {"model": str(efficiency.VERSION)}
     digest = space.digest(versions)
     return f"{problem.device.id}/{key_of(spec).describe()}/{sizes}/{digest}/seed{seed}"

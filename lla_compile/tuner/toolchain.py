@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Collection
 
 import torch
+
+from lla_compile.backends.cuda import nvrtc
 
 
 @lru_cache(maxsize=None)
@@ -18,9 +21,14 @@ def toolchain(device_type: str) -> dict[str, str]:
     return {name: str(found) for name, found in versions.items() if found}
 
 
-def compilers() -> dict[str, str]:
-    """Versions of what compiles for a device that is not there."""
-    return {name: found for name, found in toolchain("cuda").items() if name in ("torch", "triton")}
+def compilers(backends: Collection[str]) -> dict[str, str]:
+    """Versions of what compiles these backends' kernels for a device that is not there: "cuda" is NVRTC's."""
+    versions = {"torch": torch.__version__}
+    if "triton" in backends:
+        versions["triton"] = installed("triton")
+    if "cuda" in backends:
+        versions["cuda"] = ".".join(map(str, nvrtc.load().version))
+    return {name: str(found) for name, found in versions.items() if found}
 
 
 def installed(package: str) -> str | None:

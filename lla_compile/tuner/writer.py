@@ -56,7 +56,7 @@ def make_predicted_entry(
     if decision.default_ms is not None:
         result["predicted_default_ms"] = float(f"{decision.default_ms:.4g}")
     found = _search_of(problem, space, decision, records, seed) | {"model_version": efficiency.VERSION}
-    return _entry(problem, decision, "predicted", result, found, compilers())
+    return _entry(problem, decision, "predicted", result, found, compilers([decision.config.backend]))
 
 
 def _entry(
