@@ -10,16 +10,21 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 from lla_compile.plans import KernelConfig
 from lla_compile.spec import LLASpec
 from lla_compile.tuner.outcome import Kind
 
-_HEADER = re.compile(r"\[\d+/\d+\] (?P<key>.+), N (?P<seqlen>\d+), B\*H (?P<batch_heads>\d+)")
-_TRIAL = re.compile(r"\s+\d+/\d+ (?P<plan>[a-z]+ (?:fused|split|gram) .+? CG(?:; kv [^:]+)?): (?P<ending>.+)")
+# Of a search on several devices each line begins with its device.
+_HEADER = re.compile(
+    r"(?:\[\d+/\d+\] |(?P<device>cuda:\d+)  )(?P<key>.+), N (?P<seqlen>\d+), B\*H (?P<batch_heads>\d+)"
+)
+_TRIAL = re.compile(
+    r"\s+(?:\d+/\d+|(?P<device>cuda:\d+)) (?P<plan>[a-z]+ (?:fused|split|gram) [^:]+): (?P<ending>.+)"
+)
 _PLAN = re.compile(
-    r"(?P<backend>[a-z]+) (?P<schedule>[a-z]+) (?P<tile>.+?), (?P<iterations>\d+) CG(?:; kv (?P<kv_tile>.+))?"
+    r"(?P<backend>[a-z]+) (?P<schedule>[a-z]+) (?P<tile>.+?)(?:, (?P<iterations>\d+) CG)?(?:; kv (?P<kv_tile>.+))?"
 )
 _TILE = re.compile(
     r"(\d+)x(\d+)(?:, (\d+) warps)?(?:, (\d+) stages)?(?:, (\d+) splits)?(?:, block_d (\d+))?"
@@ -41,25 +46,30 @@ def parse_plan(text: str) -> KernelConfig:
         own = _TILE.fullmatch(plan["kv_tile"]).groups()
         knobs |= {f"kv_{name}": value for name, value in zip(_TILE_KNOBS, own)}
     numbers = {name: int(value) for name, value in knobs.items() if value is not None}
-    return KernelConfig(plan["backend"], plan["schedule"], cg_max_iters=int(plan["iterations"]), **numbers)
+    iterations = int(plan["iterations"]) if plan["iterations"] else None
+    return KernelConfig(plan["backend"], plan["schedule"], cg_max_iters=iterations, **numbers)
 
 
-def parse_log(lines: Sequence[str]) -> Iterator[dict]:
-    """The trials of a printed search. A printed time has three decimals and no spread; a printed failure no figures."""
-    header: dict = {}
+def parse_log(lines: Sequence[str]) -> list[dict]:
+    """The trials of a printed search, key by key. A printed time has three decimals and no spread; a printed failure no
+    figures."""
+    headers: dict[str | None, dict] = {}
+    trials: dict[tuple, list[dict]] = {}
     for line in lines:
         if match := _HEADER.match(line):
-            header = {
+            headers[match["device"]] = {
                 "key": match["key"], "seqlen": int(match["seqlen"]), "batch_heads": int(match["batch_heads"]),
             }  # fmt: skip
         elif match := _TRIAL.match(line):
-            config, ending = parse_plan(match["plan"]), match["ending"]
-            trial = header | {"plan": config.as_dict()}
+            config, ending, header = parse_plan(match["plan"]), match["ending"], headers[match["device"]]
             if time := _TIME.fullmatch(ending):
-                yield trial | {"kind": Kind.OK.value, "median_ms": float(time[1])}
+                outcome = {"kind": Kind.OK.value, "median_ms": float(time[1])}
             else:
                 kind, _, message = ending.partition(": ")
-                yield trial | {"kind": Kind(kind).value, "message": message}
+                outcome = {"kind": Kind(kind).value, "message": message}
+            own = trials.setdefault(tuple(header.values()), [])
+            own.append(header | {"plan": config.as_dict()} | outcome)
+    return [trial for own in trials.values() for trial in own]
 
 
 def read_trials(path: Path) -> list[dict]:
@@ -71,7 +81,7 @@ def spec_of(trial: dict) -> LLASpec:
     """What a trial timed."""
     key = _KEY.fullmatch(trial["key"])
     sizes = key["dtype"], int(key["head_dim"]), trial["seqlen"], trial["batch_heads"], int(key["head_dim_v"])
-    fields = {"is_causal": key["mask"] == "causal", "precision": key["precision"]}
+    fields = {"op": key["op"], "is_causal": key["mask"] == "causal", "precision": key["precision"]}
     if key["phase"] == "decode":
         return LLASpec.decoding(*sizes, group_size=int(key["group"]), **fields)
     return LLASpec.self_attention(*sizes, phase=key["phase"], **fields)
@@ -83,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("log", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    trials = list(parse_log(args.log.read_text().splitlines()))
+    trials = parse_log(args.log.read_text().splitlines())
     args.out.write_text("".join(json.dumps(trial) + "\n" for trial in trials))
     print(f"{len(trials)} trials in {args.out}")
     return 0
