@@ -8,6 +8,7 @@ from lla_compile.backends.cuda.gram_kernels import Kernel
 from lla_compile.backends.cuda.part_source import print_parts
 from lla_compile.backends.part_layout import part_numel
 from lla_compile.backends.tiles import padded_width
+from lla_compile.precision import split_terms
 
 if TYPE_CHECKING:
     from lla_compile.devices import DeviceInfo
@@ -72,6 +73,7 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
         "HEAD_DIM": spec.head_dim, "BLOCK_D": padded_width(spec.head_dim), "BLOCK_Q": config.block_q,
         "BLOCK_K": config.block_k // key_warps(config), "WARPS": config.num_warps, "STAGES": config.num_stages,
         "PAGE_SIZE": spec.page_size or 0, "BLOCKS": resident(spec, config, device),
+        "TERMS": split_terms(spec.dtype, spec.precision),
     }  # fmt: skip
     launches = [
         Kernel(

@@ -73,7 +73,10 @@ DEVICE void add_values(SumTiles& sums, const PartWeights& weights, uint32_t valu
             load_matrices_transposed(value, step_address<ValueTile>(first, m) + n * 16 * ValueTile::PANEL * 2);
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) {
-                multiply_add(sums[i][m], value, weights.of[i][2 * n], weights.of[i][2 * n + 1]);
+#pragma unroll
+                for (int term = 0; term < TERMS; ++term) {
+                    multiply_add(sums[i][m], value, weights.of[i][term][2 * n], weights.of[i][term][2 * n + 1]);
+                }
             }
         }
     }

@@ -18,9 +18,17 @@ constexpr float DRIFT = 0.5f;
 
 using SumTiles = float[SUMS][BLOCK_DV / 16][4];
 
-// The weights of a warp's keys as a right operand: of eight keys the thread's two, for each of the sums.
+// The weights of a warp's keys as right operands: of eight keys the thread's two, for each of the sums. A second term is
+// what rounding to the first has lost: products are few beside the bytes that have to be read.
 struct PartWeights {
-    uint32_t of[SUMS][BLOCK_K / 8];
+    uint32_t of[SUMS][TERMS][BLOCK_K / 8];
+
+    DEVICE void set(int sum, int n, float first, float second) {
+        of[sum][0][n] = pack(first, second);
+        if constexpr (TERMS == 2) {
+            of[sum][1][n] = pack(first - low_half(of[sum][0][n]), second - high_half(of[sum][0][n]));
+        }
+    }
 };
 
 // Weights by the maximum and the mean that are held, and their sums over the thread's keys.
@@ -45,9 +53,9 @@ struct WeighedKeys {
         PartWeights weights;
 #pragma unroll
         for (int n = 0; n < BLOCK_K / 8; ++n) {
-            weights.of[0][n] = pack_in_range(p[n][0], p[n][1]);
+            weights.set(0, n, p[n][0], p[n][1]);
             if constexpr (HAS_MEAN) {
-                weights.of[1][n] = pack(second_weight(p[n][0], second[n][0]), second_weight(p[n][1], second[n][1]));
+                weights.set(1, n, second_weight(p[n][0], second[n][0]), second_weight(p[n][1], second[n][1]));
             }
         }
         return weights;
