@@ -237,7 +237,13 @@ DEVICE void sum_in_two_terms(Sums& sums, Turn& turn, Shared& shared, const float
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
         uint32_t weighted[STEPS][2][4];
-        make_weighted(weighted, shared, turn, shift, row, lane);
+        if constexpr (BFLOAT16) {
+            make_weighted(weighted, shared, turn, shift, row, lane);
+        } else {  // what keeps numbers in the range of float16 takes the registers of the shift
+            int thread = thread_anew();
+            const float* of_row = shared.scratch.shift + thread / 32 * 16 + thread % 32 / 4;
+            make_weighted(weighted, shared, turn, {of_row[0], of_row[8]}, row, lane);
+        }
         start_products(sums, weighted, shared, turn);
         end_products(weighted, shared, turn, lane);
         turn.next();

@@ -173,13 +173,15 @@ def test_host_overhead_over_a_bare_launch(backend):
 
 
 @pytest.mark.slow
-def test_no_access_out_of_bounds():
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if tool is None:
+@pytest.mark.parametrize("tool, clean", [("memcheck", "ERROR SUMMARY: 0 errors"), ("racecheck", "(0 errors, 0 warnings)")])
+def test_sanitizer(tool, clean):
+    """No access out of bounds, and no race for shared memory."""
+    program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if program is None:
         pytest.skip("compute-sanitizer is not installed")
     # Without the caching allocator each tensor is an allocation of its own, with bounds that the tool can see.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     script = Path(__file__).with_name("sanitizer_case.py")
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, str(script)]
+    command = [program, "--tool", tool, "--error-exitcode", "86", sys.executable, str(script)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0 and clean in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
