@@ -31,8 +31,8 @@ def evaluations(log: Path) -> list[tuple[int, str]]:
     return [tuple(json.loads(line)) for line in lines]
 
 
-def work(url: str, log: Path, trials: int, barrier, hang_after: int | None) -> None:
-    """Search until ``trials`` are done; after ``hang_after`` evaluations the next one never ends."""
+def work(url: str, log: Path, trials: int, barrier, gone: Path, pause_after: int) -> None:
+    """Search until ``trials`` are done; after ``pause_after`` evaluations the next one waits for the file ``gone``."""
     landscape = Landscape()
     inner, own = evaluator(landscape), []
 
@@ -44,8 +44,8 @@ def work(url: str, log: Path, trials: int, barrier, hang_after: int | None) -> N
             line = json.dumps([os.getpid(), config.describe()]) + "\n"
             with open(log, "a") as file:  # one write of one line: no other process comes between
                 file.write(line)
-            if hang_after is not None and len(own) > hang_after:
-                time.sleep(3600)
+            while len(own) > pause_after and not gone.exists():
+                time.sleep(0.05)
             time.sleep(0.02)  # so that the others have their turn
             return inner(config)
 

@@ -1,7 +1,9 @@
 """The CUDA kernels of decoding compiled for GPUs that are not here: what the machine code tells, and the disk cache."""
 
 import importlib.util
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from compiled import NEEDS_NVRTC, DecodeCase, decode_spec
@@ -59,9 +61,9 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled():
     """A function from case to cubins."""
-    folder, known = tmp_path_factory.mktemp("cubins"), {}
+    folder, known = Path(os.environ["LLA_COMPILE_TEST_CUBINS"]), {}
     patch = pytest.MonkeyPatch()
     patch.setattr(compiler, "_cache_folder", lambda: folder)
 

@@ -1,7 +1,9 @@
 """The CUDA kernels of the forward pass compiled for GPUs that are not here: what the machine code tells."""
 
 import importlib.util
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from compiled import NEEDS_NVRTC, code_of, lost_operands
@@ -135,8 +137,8 @@ def compiled():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cubins")
+def cache():
+    folder = Path(os.environ["LLA_COMPILE_TEST_CUBINS"])
     patch = pytest.MonkeyPatch()
     patch.setattr(compiler, "_cache_folder", lambda: folder)
     yield

@@ -66,10 +66,10 @@ def trials_of(database):
 def test_processes_share_a_search_and_one_of_them_is_killed(url, tmp_path):
     log = tmp_path / "log"
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(3)
+    barrier, gone = context.Barrier(3), tmp_path / "gone"
+    # The others leave some of the budget until the first one is gone, however slow it is.
     processes = [
-        context.Process(target=fleet_worker.work, args=(url, log, TRIALS, barrier, hang_after))
-        for hang_after in (3, None, None)
+        context.Process(target=fleet_worker.work, args=(url, log, TRIALS, barrier, gone, 3)) for _ in range(3)
     ]
     for process in processes:
         process.start()
@@ -77,6 +77,7 @@ def test_processes_share_a_search_and_one_of_them_is_killed(url, tmp_path):
     try:
         wait_for(lambda: sum(pid == victim for pid, _ in evaluations(log)) == 4)
         processes[0].kill()
+        gone.touch()
         for process in processes:
             process.join(120)
         assert [process.exitcode for process in processes] == [-9, 0, 0]

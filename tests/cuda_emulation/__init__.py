@@ -7,7 +7,6 @@ import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -82,8 +81,7 @@ def _library(
 
 @lru_cache(maxsize=None)
 def _folder() -> Path:
-    """Of this process alone, unless LLA_COMPILE_EMULATION says where libraries may stay for the next one."""
-    if kept := os.environ.get("LLA_COMPILE_EMULATION"):
-        Path(kept).mkdir(parents=True, exist_ok=True)
-        return Path(kept)
-    return Path(tempfile.mkdtemp(prefix="lla_compile_emulation"))
+    """Of these tests, unless LLA_COMPILE_EMULATION says where libraries may stay for the next ones."""
+    folder = Path(os.environ["LLA_COMPILE_EMULATION"])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
