@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(fit(own, device, args.steps), flush=True)
             constants = efficiency.BY_BACKEND[backend][phase]
             scores = {"constants of the package": score(own, times(own, device, constants), device)}
+            if again := retest(own):
+                scores["measured twice"] = again
             if args.write:
                 predicted = held_out_times(known, device, args.steps)
                 held_out.append((known, predicted))
@@ -264,6 +266,20 @@ def score_choice(trials: Sequence[Trial], predicted: np.ndarray, device: DeviceI
         best, choice = (min(inside, key=times.__getitem__) for times in (_measured(trials), predicted))
         right += trials[best].config.backend == trials[choice].config.backend
     return {"keys_of_right_backend": right} | score(mixed, predicted[places], device)
+
+
+def retest(trials: Sequence[Trial]) -> dict | None:
+    """How well two searches of a key agree on the order of the plans that both have timed: what a model can reach."""
+    searches: dict[tuple, dict[str, dict[KernelConfig, float]]] = {}
+    for t in trials:
+        searches.setdefault(t.key[:-1], {}).setdefault(t.key[-1], {})[t.config] = t.median_ms
+    found = []
+    for of_key in searches.values():
+        for one, other in itertools.combinations(of_key.values(), 2):
+            shared = [config for config in one if config in other]
+            order = spearman(*(np.array([times[config] for config in shared]) for times in (one, other)))
+            found += [] if order is None else [order]
+    return {"pairs_of_searches": len(found), "mean_spearman_within_keys": _rounded(float(np.mean(found)))} if found else None
 
 
 def _predictions(trials: Sequence[Trial], device: DeviceInfo, constants: Efficiency) -> list[Prediction]:

@@ -54,6 +54,7 @@ def test_decode_cases_with_wgmma(wgmma, fields):
     [
         dict(head_dim=100, head_dim_v=40, dtype=torch.float16, lengths=[200, 3, 41]),
         dict(head_dim=64, page_size=5, queries=3, heads=4, lengths=[200, 11, 2]),
+        dict(head_dim=128, head_dim_v=64, capacity=100, lengths=[100, 33, 7]),
     ],
     ids=str,
 )
@@ -114,7 +115,7 @@ def test_ill_conditioned_systems_are_eliminated(kernels):
     assert_close(out, problem.reference(), LIMIT)
 
 
-@pytest.mark.parametrize("head_dim, head_dim_v", [(16, 16), (64, 5)])
+@pytest.mark.parametrize("head_dim, head_dim_v", [(16, 16), (64, 5), (128, 64)])
 @pytest.mark.parametrize("device", [AMPERE, HOPPER], ids=lambda device: device.id)
 def test_python_and_cuda_agree_on_sizes(kernels, device, head_dim, head_dim_v):
     """Of the arguments and of shared memory, which the launcher and the resource model count by themselves."""

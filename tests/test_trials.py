@@ -67,6 +67,19 @@ def test_regret_is_the_measured_time_of_the_choice():
     assert refused["mean_regret"] == 1.0 and refused["refused"] == 1
 
 
+def test_searches_of_a_key_agree_on_the_plans_of_both():
+    spec = spec_of(parse_log(LOG.splitlines())[0])
+    configs = [KernelConfig("triton", "fused", 64, 64, 32, 4, stages) for stages in (1, 2, 3, 4)]
+    first, second = (1.0, 2.0, 3.0, 4.0), (1.0, 3.0, 2.0)
+    trials = [
+        prediction.Trial(("k", search), ("f",), spec, config, (), ms)
+        for search, of in (("one", first), ("other", second))
+        for config, ms in zip(configs, of)
+    ]
+    assert prediction.retest(trials) == {"pairs_of_searches": 1, "mean_spearman_within_keys": 0.5}
+    assert prediction.retest(trials[:4]) is None
+
+
 def test_a_fit_finds_constants_that_explain_the_times():
     """Times made with other constants: a fit comes nearer to them, and predictions rank as they do."""
     folder, device = prediction.RESULTS / prediction.DEVICE, resolve("h200")

@@ -28,7 +28,7 @@ _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
 # Solves on a multiprocessor at once, each with its matrix in registers; from 10.0 on two of them spill.
 _SOLVE_BLOCKS, _SOLVE_BLOCKS_UP_TO = 2, 9.0
 _PART_BYTES = 112
-_ONES_BYTES = 512
+_NARROW_ROW_BYTES = 32  # of an operand with few columns
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ def uses_wgmma(spec: LLASpec, config: KernelConfig) -> bool:
 
 
 def group_warps(spec: LLASpec) -> int | None:
-    """A group for every 64 rows and one that copies; None where rows are fewer, or too wide for the registers."""
+    """A group for every 64 rows and one that copies; None where rows or columns are fewer, or too wide for registers."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
-    return 4 * (width // _GROUP_ROWS + 1) if width >= max(_GROUP_ROWS, width_v) else None
+    return 4 * (width // _GROUP_ROWS + 1) if width >= width_v >= _GROUP_ROWS else None
 
 
 def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Kernel, ...]:
@@ -112,9 +112,10 @@ def _mma_shared(config: KernelConfig, width: int, width_v: int) -> int:
 
 def _wgmma_shared(config: KernelConfig, width: int, width_v: int) -> int:
     tiles = 2 * config.num_stages * config.block_k * (width + width_v)
+    narrow = _NARROW_ROW_BYTES * (16 + config.num_stages * config.block_k)
     barriers = 8 * (2 * config.num_stages + 1)
-    sums = 4 * (config.num_stages * config.block_k + 4 * width_v)
-    return _aligned(tiles + _ONES_BYTES + barriers + _PART_BYTES + sums + _scratch(width))
+    weights = 4 * config.num_stages * config.block_k
+    return _aligned(tiles + narrow + barriers + _PART_BYTES + weights + _scratch(width))
 
 
 def _solve_shared(width: int, width_v: int) -> int:

@@ -1,11 +1,13 @@
 // One pass over the keys of a part, with the matrix instructions of four warps (wgmma), for compute capability 9.0.
 //
-// One group of four warps copies tiles, weighs their keys and sums the values. Each of the others owns 64 rows of both
-// sums, in registers: it makes the weighted keys of its rows, in the layout of a left operand, and multiplies them with
-// the tile in shared memory. Products run on their own: meanwhile the weighted keys of the next tile are made.
+// One group of four warps copies tiles and weighs their keys. Each of the others owns 64 rows of both sums, in registers:
+// it makes the weighted keys of its rows, in the layout of a left operand, and multiplies them with the tile in shared
+// memory, and 64 columns of the values with the weights. Products run on their own: meanwhile the weighted keys of the
+// next tile are made.
 #include <gram_part.cuh>
 #include <gram_shares.cuh>
 #include <products_sm90.cuh>
+#include <ptx_transposed.cuh>
 
 constexpr int GROUP = 128;
 constexpr int ROW_GROUPS = BLOCK_D / 64;
@@ -15,23 +17,39 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCKS = ROW_GROUPS == 1 ? 2 : 1;  // on a multiprocessor at least, which sets the registers at the start
 constexpr int ROW_REGISTERS = ROW_GROUPS == 1 ? 152 : 208;
 constexpr int COPY_REGISTERS = ROW_GROUPS == 1 ? 104 : 88;
+// A block that takes more than it started with, of which the multiprocessor's 65536 allow so many, waits forever.
+constexpr int START_REGISTERS = 65536 / (THREADS * BLOCKS) / 8 * 8;
+static_assert(ROW_REGISTERS * ROW_GROUPS + COPY_REGISTERS <= START_REGISTERS * (ROW_GROUPS + 1));
 constexpr int STEPS = BLOCK_K / 16;
 constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
-constexpr int ONES_ROW = 32;  // bytes, the least of an operand
+constexpr int NARROW_ROW = 32;  // bytes, the least of an operand
+constexpr int VALUE_PANELS = BLOCK_DV / ValueTile::PANEL;
+static_assert(ValueTile::PANEL == 64, "a group's columns of the values");
 // Tiles that are being copied. The others are: one multiplied, one whose weighted keys are made, one weighed.
 constexpr int AHEAD = STAGES - 3;
 // Whether what is loaded from a tile is under way while other tiles' copies are started and while weights are made: nobody
 // else hides those waits, but addresses of pages leave no registers for it.
 constexpr bool EARLY = !PAGE_SIZE;
 
+// The weights of a tile as the right operand of products that sum values: a row of each key, whose first two columns are
+// its weight and what rounding that lost.
+struct NarrowWeights {
+    uint32_t rows[BLOCK_K][NARROW_ROW / 4];
+
+    DEVICE void set(int key, float weight) {
+        float lost = weight - low_half(pack(weight, 0));
+        rows[key][key / 4 % 2 * 4] = pack(weight, lost);  // chunks of 16 bytes are swapped in every other four rows
+    }
+};
+
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];
-    uint8_t ones[16 * ONES_ROW];  // the right operand of products that sum rows
+    uint8_t ones[16 * NARROW_ROW];  // the right operand of products that sum rows
+    NarrowWeights narrow[STAGES];
     uint64_t full[STAGES], empty[STAGES];  // a stage is weighed; nobody needs it any more
     uint64_t met;                          // by all threads of the block
     Part part;
     float weights[STAGES][BLOCK_K];
-    float value_sums[4][BLOCK_DV];  // of each warp
     Scratch scratch;
 
     // The warps that weigh do it elsewhere in the code than those that own rows, which the block's own barrier does not
@@ -103,50 +121,36 @@ struct Copies {
 // All tiles of the part; the first ones are on their way.
 DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) {
     const Part& part = shared.part;
-    int thread = copy_thread(), lane = thread % 32, first = thread / 32 * 16;
-    int own_key = first + key_of_lane(lane);
-    bool counts = lane % 2 == 0;
-    KeyShare keys(shared.scratch.query, first, lane);
-    ValueShare values(first, lane);
-    const float* value_weights = shared.weights[0] + first + lane / ValueShare::LANES;
+    KeyShare keys(shared.scratch.query, copy_thread() / 32 * 16, copy_thread() % 32);
 #pragma unroll 1
     for (int tile = 0; tile < copies.tiles; ++tile) {
         wait_copies<AHEAD - 1>();
         sync_some<1, GROUP>();  // the tile is there for all of the group
-        uint32_t stage = shared_address(shared.stages[turn.stage]), value_tile = stage + KeyTile::BYTES;
+        uint32_t stage = shared_address(shared.stages[turn.stage]);
         KeyShare::Pair first_keys, last_keys;
-        bool has_keys = BLOCK_K % 64 == 0 || first < BLOCK_K;
+        bool has_keys = BLOCK_K % 64 == 0 || copy_thread() < 2 * BLOCK_K;
         if (!EARLY) copies.start(tile + AHEAD, shared);
         if (has_keys) keys.fetch<0>(first_keys, stage);
         if (EARLY) copies.start(tile + AHEAD, shared);
+        int thread = copy_thread(), lane = thread % 32;
         if (has_keys) {
-            ValueShare::Half first_values, last_values;
             float dots[4];
             keys.fetch<1>(last_keys, stage);
             dots[0] = keys.query.times(first_keys[0]), dots[1] = keys.query.times(first_keys[1]);
             dots[2] = keys.query.times(last_keys[0]), dots[3] = keys.query.times(last_keys[1]);
-            if (EARLY) values.fetch<0>(first_values, value_tile);
+            int own_key = thread / 32 * 16 + key_of_lane(lane);
             bool seen = copies.is_whole(tile) || part.sees(part.start + tile * BLOCK_K + own_key);
+            bool counts = lane % 2 == 0;
             float weight = weights.weigh(keys.product_of_lane(dots, lane), seen, counts);
-            if (counts) shared.weights[turn.stage][own_key] = weight;
-            sync_warp();
-            if (!EARLY) values.fetch<0>(first_values, value_tile);
-            values.fetch<1>(last_values, value_tile);
-            const float* from = value_weights + turn.stage * BLOCK_K;
-            values.add(from, first_values);
-            values.add(from + 8, last_values);
+            if (counts) {
+                shared.weights[turn.stage][own_key] = weight;
+                shared.narrow[turn.stage].set(own_key, weight);
+            }
         }
         arrive_as_warp(&shared.full[turn.stage], lane);
         turn.next();
     }
     wait_copies<0>();
-
-    values.store(shared.value_sums[thread / 32], lane);
-    sync_some<1, GROUP>();
-    const float(&sums)[4][BLOCK_DV] = shared.value_sums;
-    for (int d = thread; d < BLOCK_DV; d += GROUP) {
-        part.state[VALUE_SUM_AT + d] = sums[0][d] + sums[1][d] + (sums[2][d] + sums[3][d]);
-    }
 }
 
 // ---- the warps that own rows ----
@@ -154,116 +158,116 @@ DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) 
 struct Sums {
     float keys[BLOCK_D / 8][4];
     float values[BLOCK_DV / 8][4];
-    float row[1][4];  // of the weighted keys alone; its columns are the same
+    float row[1][4];      // of the weighted keys alone; its columns are the same
+    float columns[1][4];  // of the values' columns of the group's number, see NarrowWeights
 };
 
-// Wait for the tile and make its weighted keys, sixteen rows of them.
+// Weighted keys that are multiplied at once, sixteen rows of them, in COUNT terms: of a tile, or in two terms of one step,
+// for which there are registers.
 template <int COUNT>
-DEVICE void make_weighted(uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, const Turn& turn, const float (&shift)[2],
-                          int row, int lane) {
-    lane = anew(lane);
-    wait_phase(&shared.full[turn.stage], turn.parity);
-    show_to_products();
-    uint32_t tile = shared_address(shared.stages[turn.stage]);
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-        FourWeights four(shared.weights[turn.stage] + 16 * step, lane);
-        weigh_keys(weighted[step], tile + left_operand<KeyTile>(16 * step, row, lane), four, shift);
-    }
-}
+struct Weighted {
+    static constexpr int STEPS_AT_ONCE = COUNT == 1 ? STEPS : 1;
+    uint32_t x[STEPS_AT_ONCE][COUNT][4];
 
-// What makes these registers comes before, what uses them after.
-template <int COUNT>
-DEVICE void hold_weighted(uint32_t (&weighted)[STEPS][COUNT][4]) {
+    // Wait for the tile and make the keys from step `first` on.
+    DEVICE void make(Shared& shared, const Turn& turn, int first, const float (&shift)[2], int row, int lane) {
+        lane = anew(lane);
+        wait_phase(&shared.full[turn.stage], turn.parity);
+        show_to_products();
+        uint32_t tile = shared_address(shared.stages[turn.stage]);
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) hold_all(weighted[step]);
-}
-
-template <int COUNT>
-DEVICE void start_products(Sums& sums, uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, const Turn& turn) {
-    constexpr int KEY_ROW = 2 * KeyTile::PANEL, VALUE_ROW = 2 * ValueTile::PANEL;
-    uint32_t stage = shared_address(shared.stages[turn.stage]);
-    uint64_t keys = describe_operand(stage, KEY_ROW, KeyTile::PANEL_BYTES);
-    uint64_t values = describe_operand(stage + KeyTile::BYTES, VALUE_ROW, ValueTile::PANEL_BYTES);
-    uint64_t ones = describe_operand(shared_address(shared.ones), ONES_ROW, 0);
-    hold_weighted(weighted);
-    begin_products();
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-#pragma unroll
-        for (int term = 0; term < COUNT; ++term) {
-            const uint32_t(&left)[4] = weighted[step][term];
-            multiply_group(sums.keys, left, further(keys, step * KEY_ROW));  // 16 rows, in units of 16 bytes
-            multiply_group(sums.values, left, further(values, step * VALUE_ROW));
-            multiply_group(sums.row, left, ones);
+        for (int i = 0; i < STEPS_AT_ONCE; ++i) {
+            int key = 16 * (first + i);
+            FourWeights four(shared.weights[turn.stage] + key, lane);
+            weigh_keys(x[i], tile + left_operand<KeyTile>(key, row, lane), four, shift);
         }
     }
-    commit_products();
-}
 
-template <int COUNT>
-DEVICE void end_products(uint32_t (&weighted)[STEPS][COUNT][4], Shared& shared, const Turn& turn, int lane) {
-    wait_products();
-    hold_weighted(weighted);
-    arrive_as_warp(&shared.empty[turn.stage], lane);
-}
-
-// All tiles of the part in one term, each made while the products of the one before run.
-DEVICE void sum_in_one_term(Sums& sums, Turn& turn, Shared& shared, const float (&shift)[2], int row, int lane) {
-    int tiles = shared.part.tiles();
-    uint32_t even[STEPS][1][4], odd[STEPS][1][4];
-    make_weighted(even, shared, turn, shift, row, lane);
-#pragma unroll 1
-    for (int tile = 0;; tile += 2) {
-        Turn next = turn;
-        next.next();
-        start_products(sums, even, shared, turn);
-        if (tile + 1 < tiles) make_weighted(odd, shared, next, shift, row, lane);
-        end_products(even, shared, turn, lane);
-        turn = next;
-        if (tile + 1 >= tiles) break;
-        next.next();
-        start_products(sums, odd, shared, turn);
-        if (tile + 2 < tiles) make_weighted(even, shared, next, shift, row, lane);
-        end_products(odd, shared, turn, lane);
-        turn = next;
-        if (tile + 2 >= tiles) break;
+    // What makes these registers comes before, what uses them after.
+    DEVICE void hold() {
+#pragma unroll
+        for (int i = 0; i < STEPS_AT_ONCE; ++i) hold_all(x[i]);
     }
-}
 
-// The same in two terms, for which there are not registers enough twice.
-DEVICE void sum_in_two_terms(Sums& sums, Turn& turn, Shared& shared, const float (&shift)[2], int row, int lane) {
-    int tiles = shared.part.tiles();
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
-        uint32_t weighted[STEPS][2][4];
-        if constexpr (BFLOAT16) {
-            make_weighted(weighted, shared, turn, shift, row, lane);
-        } else {  // what keeps numbers in the range of float16 takes the registers of the shift
-            int thread = thread_anew();
-            const float* of_row = shared.scratch.shift + thread / 32 * 16 + thread % 32 / 4;
-            make_weighted(weighted, shared, turn, {of_row[0], of_row[8]}, row, lane);
+    DEVICE void start_products(Sums& sums, Shared& shared, const Turn& turn, int first) {
+        constexpr int KEY_ROW = 2 * KeyTile::PANEL, VALUE_ROW = 2 * ValueTile::PANEL;
+        uint32_t stage = shared_address(shared.stages[turn.stage]);
+        uint64_t keys = describe_operand(stage, KEY_ROW, KeyTile::PANEL_BYTES);
+        uint64_t values = describe_operand(stage + KeyTile::BYTES, VALUE_ROW, ValueTile::PANEL_BYTES);
+        uint64_t ones = describe_operand(shared_address(shared.ones), NARROW_ROW, 0);
+        uint64_t weights = describe_operand(shared_address(&shared.narrow[turn.stage]), NARROW_ROW, 0);
+        uint32_t panel = thread_anew() / GROUP % VALUE_PANELS * ValueTile::PANEL_BYTES / 16;
+        hold();
+        begin_products();
+#pragma unroll
+        for (int i = 0; i < STEPS_AT_ONCE; ++i) {
+            int step = first + i;  // of 16 rows, in units of 16 bytes
+#pragma unroll
+            for (int term = 0; term < COUNT; ++term) {
+                multiply_group(sums.keys, x[i][term], further(keys, step * KEY_ROW));
+                multiply_group(sums.values, x[i][term], further(values, step * VALUE_ROW));
+                multiply_group(sums.row, x[i][term], ones);
+            }
+            multiply_transposed(sums.columns, further(values, panel + step * VALUE_ROW),
+                                further(weights, step * NARROW_ROW));
         }
-        start_products(sums, weighted, shared, turn);
-        end_products(weighted, shared, turn, lane);
-        turn.next();
+        commit_products();
+    }
+
+    DEVICE void end_products() {
+        wait_products();
+        hold();
+    }
+};
+
+// All tiles of the part. What is multiplied next is made while the products of what came before run.
+template <int COUNT>
+DEVICE void sum_tiles(Sums& sums, Turn& turn, Shared& shared, const float (&shift)[2], int row, int lane) {
+    constexpr int STRIDE = Weighted<COUNT>::STEPS_AT_ONCE;
+    int tiles = shared.part.tiles();
+    Weighted<COUNT> weighted[2];
+    weighted[0].make(shared, turn, 0, shift, row, lane);
+#pragma unroll 1
+    for (int tile = 0; tile < tiles;) {
+        // Two tiles, or as many steps of one, so that it is known which registers are whose.
+#pragma unroll
+        for (int n = 0; n < (STRIDE == STEPS ? 2 : STEPS); ++n) {
+            int step = n * STRIDE % STEPS;
+            bool last = step + STRIDE == STEPS;  // of the tile
+            Weighted<COUNT>&now = weighted[n % 2], &next = weighted[(n + 1) % 2];
+            Turn next_turn = last ? turn.following() : turn;
+            now.start_products(sums, shared, turn, step);
+            if (!last || tile + 1 < tiles) next.make(shared, next_turn, (step + STRIDE) % STEPS, shift, row, lane);
+            now.end_products();
+            if (last) {
+                arrive_as_warp(&shared.empty[turn.stage], lane);
+                turn = next_turn;
+                if (++tile >= tiles) break;
+            }
+        }
     }
 }
 
 DEVICE void store_sums(Sums& sums, float* state) {
     int thread = thread_anew(), row = thread / 32 * 16, lane = thread % 32;
-    hold_all(sums.keys), hold_all(sums.values), hold_all(sums.row);
+    hold_all(sums.keys), hold_all(sums.values), hold_all(sums.row), hold_all(sums.columns);
     store_rows<BLOCK_D>(state + KEYS_AT, sums.keys, row + lane / 4, lane);
     store_rows<BLOCK_DV>(state + VALUES_AT, sums.values, row + lane / 4, lane);
     if (lane % 4) return;
     state[KEY_SUM_AT + row + lane / 4] = sums.row[0][0];
     state[KEY_SUM_AT + row + lane / 4 + 8] = sums.row[0][2];
+    if (row >= BLOCK_DV) return;
+    state[VALUE_SUM_AT + row + lane / 4] = sums.columns[0][0] + sums.columns[0][1];
+    state[VALUE_SUM_AT + row + lane / 4 + 8] = sums.columns[0][2] + sums.columns[0][3];
 }
 
 KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     if (thread < sizeof(shared.ones) / 4) reinterpret_cast<uint32_t*>(shared.ones)[thread] = PAIR_OF_ONES;
+    for (int row = thread; row < STAGES * BLOCK_K; row += THREADS) {
+        for (uint32_t& columns : shared.narrow[row / BLOCK_K].rows[row % BLOCK_K]) columns = 0;
+    }
     if (thread == 0) {
         shared.part = Part(g, blockIdx.x);
         init_barrier(&shared.met, THREADS);
@@ -298,9 +302,9 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
         for (bool again = true; again;) {
             Sums sums = {};
             if (part.in_two_terms()) {
-                sum_in_two_terms(sums, turn, shared, shift, row, lane);
+                sum_tiles<2>(sums, turn, shared, shift, row, lane);
             } else {
-                sum_in_one_term(sums, turn, shared, shift, row, lane);
+                sum_tiles<1>(sums, turn, shared, shift, row, lane);
             }
             store_sums(sums, part.state);
             again = finish<WARPS>(Weights(shared.scratch), shared);

@@ -34,6 +34,8 @@ DECODE_CASES = [
     dict(heads=4, kv_heads=2, queries=3, capacity=70, lengths=None, window_size=19),
     dict(page_size=5, capacity=75, lengths=[75, 11, 64]),
     dict(page_size=16, capacity=80, lengths=None, queries=2),
+    dict(capacity=77, lengths=[77, 1, 33], head_dim_v=24),
+    dict(capacity=140, lengths=[140, 1, 33], head_dim=72, head_dim_v=72),
 ]
 PARALLAX_DECODE_CASES = [
     dict(capacity=77, lengths=(77, 1, 0)),
@@ -70,7 +72,7 @@ for p in (*parallax_problems, make_packed_parallax_problem(**packed, **PARALLAX)
             found = bound_backward(p, backend, identify("cuda"), backend)("dq", "dr", "dk", "dv", "dscale")
             assert all(x.isfinite().all() for x in found.values())
 for fields in DECODE_CASES:
-    p = gpu_decode_problem(**fields, head_dim=40, head_dim_v=24)
+    p = gpu_decode_problem(**(dict(head_dim=40, head_dim_v=40) | fields))
     for backend in BACKENDS:
         for num_splits in (1, 3):
             assert_close(gpu_decode(backend, p, num_splits=num_splits), p.reference(), 2.5e-3)

@@ -1,4 +1,4 @@
-// What one thread of four warps does to weigh the keys of a tile and to sum its values, without the matrix units:
+// What one thread of four warps does to weigh the keys of a tile, without the matrix units:
 // products of other warps fill their queue, and an instruction whose result is needed at once would wait behind them.
 #pragma once
 #include <gram_part.cuh>
@@ -71,51 +71,5 @@ struct KeyShare {
             }
         }
         return dots[0] + from_lane_xor(dots[0], 1);
-    }
-};
-
-// Weighted values of the keys that a lane looks at: the chunk of its number among lanes that share a key.
-struct ValueShare {
-    static constexpr int LANES = BLOCK_DV / CHUNK, KEYS = 32 / LANES, PERIOD = KEYS < 8 ? 8 / KEYS : 1, IN_HALF = 8 / KEYS;
-    using Half = uint32_t[IN_HALF][CHUNK / 2];
-    float x[CHUNK] = {};
-    uint32_t offsets[PERIOD];
-
-    DEVICE ValueShare(int first, int lane) {
-#pragma unroll
-        for (int i = 0; i < PERIOD; ++i) offsets[i] = ValueTile::offset(first + i * KEYS + lane / LANES, lane % LANES);
-    }
-
-    // Half of the lane's keys.
-    template <int NUMBER>
-    DEVICE void fetch(Half& values, uint32_t value_tile) const {
-#pragma unroll
-        for (int i = 0; i < IN_HALF; ++i) {
-            int at = NUMBER * IN_HALF + i;
-            load_shared_16(values[i], value_tile + offsets[at % PERIOD] + at / PERIOD * 8 * ROW_BYTES<ValueTile>);
-        }
-    }
-
-    // `weights` are those of the half's keys, KEYS apart.
-    DEVICE void add(const float* weights, const Half& values) {
-#pragma unroll
-        for (int i = 0; i < IN_HALF; ++i) {
-            float weight = weights[i * KEYS];
-#pragma unroll
-            for (int n = 0; n < CHUNK / 2; ++n) {
-                x[2 * n] += weight * low_half(values[i][n]);
-                x[2 * n + 1] += weight * high_half(values[i][n]);
-            }
-        }
-    }
-
-    // The sums of all lanes of the warp.
-    DEVICE void store(float* to, int lane) {
-#pragma unroll
-        for (int n = 0; n < CHUNK; ++n) {
-#pragma unroll
-            for (int mask = LANES; mask < 32; mask *= 2) x[n] += from_lane_xor(x[n], mask);
-            if (lane < LANES) to[lane * CHUNK + n] = x[n];
-        }
     }
 };
