@@ -279,7 +279,9 @@ def retest(trials: Sequence[Trial]) -> dict | None:
             shared = [config for config in one if config in other]
             order = spearman(*(np.array([times[config] for config in shared]) for times in (one, other)))
             found += [] if order is None else [order]
-    return {"pairs_of_searches": len(found), "mean_spearman_within_keys": _rounded(float(np.mean(found)))} if found else None
+    if not found:
+        return None
+    return {"pairs_of_searches": len(found), "mean_spearman_within_keys": _rounded(float(np.mean(found)))}
 
 
 def _predictions(trials: Sequence[Trial], device: DeviceInfo, constants: Efficiency) -> list[Prediction]:

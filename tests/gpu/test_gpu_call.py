@@ -173,7 +173,9 @@ def test_host_overhead_over_a_bare_launch(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool, clean", [("memcheck", "ERROR SUMMARY: 0 errors"), ("racecheck", "(0 errors, 0 warnings)")])
+@pytest.mark.parametrize(
+    "tool, clean", [("memcheck", "ERROR SUMMARY: 0 errors"), ("racecheck", "(0 errors, 0 warnings)")]
+)
 def test_sanitizer(tool, clean):
     """No access out of bounds, and no race for shared memory."""
     program = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
