@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Callable, Mapping
 
 from lla_compile.key import bucket_of_spec, key_of, sizes_of
@@ -65,7 +66,10 @@ def make_plan(
     match = lookup(key_of(spec), bucket, *sizes_of(spec), device, reject, spec.cg_max_iters)
     notes = tuple(f"backend {name} is not used: {why}" for name, why in refused.items())
     if match.entry is not None:
-        return Plan(spec, device, match.entry.config, match.source, match.distance, match.reason, notes)
+        config, reason = _at_size(match.entry, spec, device), match.reason
+        if config != match.entry.config:
+            reason += f"; {config.num_splits} parts a query for {match.entry.config.num_splits}, to have as many in all"
+        return Plan(spec, device, config, match.source, match.distance, reason, notes)
     if strict and spec.visible_pairs:
         raise TuningMiss(
             f"LLA_COMPILE_STRICT=1 and nothing is tuned for {key_of(spec).describe()} at seqlen {bucket.seqlen}, "
@@ -73,6 +77,18 @@ def make_plan(
         )
     config = next(iter(usable.values())).default_config(spec, device)
     return Plan(spec, device, config, Source.HEURISTIC, 0.0, match.reason, notes)
+
+
+def _at_size(entry, spec: LLASpec, device: DeviceInfo) -> KernelConfig:
+    """The entry's configuration, with a cache cut so that as many parts run side by side as where it was tuned."""
+    config, heads = entry.config, max(sizes_of(spec)[1], 1)
+    if config.num_splits is None or device.is_cpu or heads == entry.tuned.batch_heads:
+        return config
+    from lla_compile.backends.gram_limits import MAX_SPLITS, splits_that_fill
+
+    limit = max(config.num_splits, splits_that_fill(spec, MAX_SPLITS))
+    splits = config.num_splits * entry.tuned.batch_heads // heads
+    return replace(config, num_splits=max(min(splits, limit), 1))
 
 
 def refusal(entry, device: DeviceInfo, backends: Mapping[str, Backend]) -> str | None:

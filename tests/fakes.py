@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from lla_compile import storage
+from lla_compile.key import Bucket
 from lla_compile.lowering import lower
 from lla_compile.plans import KernelConfig, Source
 
@@ -54,10 +55,10 @@ class FakeBackend:
         return executable
 
 
-def entry_of(backend, *, kernel_hash="hash", block_q=128):
+def entry_of(backend, *, kernel_hash="hash", block_q=128, tuned=Bucket(4096, 32), **config):
     """A database entry that tests recognise by its ``block_q``."""
-    config = KernelConfig(backend, "split", block_q, 64, 24)
-    return SimpleNamespace(config=config, search={"kernel_hash": kernel_hash})
+    plan = KernelConfig(backend, "split", block_q, 64, 24, **config)
+    return SimpleNamespace(config=plan, tuned=tuned, search={"kernel_hash": kernel_hash})
 
 
 def lookup_in(*entries, source=Source.EXACT, distance=0.0):

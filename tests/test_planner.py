@@ -44,6 +44,26 @@ def test_backend_that_does_not_import_is_passed_over():
         make_plan(SPEC, GPU, Missing(pair()), NOTHING, backend="triton")
 
 
+@pytest.mark.parametrize(
+    "heads, queries, seqlen, splits",
+    [
+        (8, 1, 16384, 16),  # as tuned
+        (16, 1, 16384, 8),
+        (8, 2, 16384, 8),  # each query has its own parts
+        (12, 1, 16384, 10),  # no more than the device was filled with
+        (1, 1, 16384, 64),  # the most there can be
+        (4, 1, 2000, 16),  # more would have few keys each
+        (1000, 1, 16384, 1),
+    ],
+)
+def test_a_cache_is_cut_for_as_many_parts_as_were_tuned(heads, queries, seqlen, splits):
+    entry = entry_of("triton", tuned=Bucket(16384, 8), num_splits=16)
+    spec = LLASpec("bfloat16", 128, 128, 1, heads, heads, queries, seqlen, phase="decode")
+    plan = make_plan(spec, GPU, pair(), lookup_in(entry))
+    assert plan.config == replace(entry.config, num_splits=splits)
+    assert ("parts a query" in plan.reason) == (splits != 16)
+
+
 def test_cpu_takes_eager_unless_another_is_named():
     assert make_plan(SPEC, CPU, pair(), NOTHING).config.backend == "eager"
     assert make_plan(SPEC, CPU, pair(), NOTHING, backend="triton").config.backend == "triton"
