@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write to")
     parser.add_argument(
         "--defaults", action="store_true",
-        help="also what backend=\"cuda\" runs by default where another backend won",
+        help="also what backend=\"cuda\" runs by default where another backend won (so it is if none of its own has)",
     )  # fmt: skip
     parser.add_argument(
         "--page-size", nargs="+", type=int, default=[], metavar="N",
@@ -46,11 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     try:
         device = resolve(options.gpu)
-        asked = options.defaults, options.page_size, options.packed, options.windowed
-        plans = list(dict.fromkeys(plans_of(device, *asked)))
+        asked = options.page_size, options.packed, options.windowed
+        plans = list(dict.fromkeys(plans_of(device, options.defaults, *asked)))
+        if not plans and not options.defaults:
+            plans = list(dict.fromkeys(plans_of(device, True, *asked)))
+            if plans:
+                print(f"no plan of {device.id} is of backend {BACKEND}: its defaults for the keys there are")
         if not plans:
             raise ValueError(
-                f"no plan of {device.id} is of backend {BACKEND}; --defaults takes its defaults for the keys there are"
+                f"no key of {device.id} in the database is for backend {BACKEND}; python -m lla_compile.tune "
+                f"--gpu {device.id} --backend {BACKEND} makes some"
             )
         backend = backends.get(BACKEND)
         built = {path for spec, config in plans for path in backend.build(spec, config, device, options.out)}

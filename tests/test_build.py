@@ -90,10 +90,16 @@ def test_other_sources_and_damaged_files_are_not_taken(tmp_path, monkeypatch):
 def test_defaults_are_built_where_another_backend_won(tmp_path, capsys):
     record_entry("triton")
     arguments = ["build", "--gpu", "h200", "--out", str(tmp_path / "cubins")]
-    assert cli.main(arguments) == 2
-    assert "no plan of nvidia-h200 is of backend cuda; --defaults" in capsys.readouterr().err
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "no plan of nvidia-h200 is of backend cuda: its defaults" in printed and "of 1 plans" in printed
     assert cli.main([*arguments, "--defaults", "--page-size", "16"]) == 0
     assert "of 2 plans" in capsys.readouterr().out
+
+
+def test_a_device_without_keys_is_an_error(tmp_path, capsys):
+    assert cli.main(["build", "--gpu", "h200", "--out", str(tmp_path / "cubins")]) == 2
+    assert "--gpu nvidia-h200 --backend cuda makes some" in capsys.readouterr().err
 
 
 def test_packed_sequences_have_kernels_of_their_own():

@@ -74,13 +74,15 @@ def predictable_backends(spec: LLASpec, device: DeviceInfo, requested: Sequence[
     """The backends whose times can be predicted here, in order of preference; Triton's alone unless others are named.
 
     Raises:
-        ValueError: none of them; the message says why, and what to do.
+        ValueError: none of them, or what compiles one that is named is missing; the message says what to do.
     """
     modelled = ", ".join(efficiency.BY_BACKEND)
     found, refused = {}, []
     for name in requested or _SEARCHED:
         if name not in efficiency.BY_BACKEND:
             refused.append(f"{name} compiles no kernels that could be read: measure it on the device")
+        elif requested and (why := _cannot_compile(name)):
+            raise ValueError(f"--backend names {name}, whose times cannot be predicted here: {why}")
         elif why := _cannot_compile(name) or backends.get(name).unsupported_spec(spec, device):
             refused.append(f"{name}: {why}")
         else:
