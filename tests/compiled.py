@@ -1,11 +1,15 @@
 """Kernels compiled for tests of their machine code."""
 
+import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
 
 import pytest
 
-from lla_compile.backends.cuda import nvrtc
+from lla_compile.backends.cuda import compiler, nvrtc
 from lla_compile.devices import DeviceInfo, resolve
 from lla_compile.prediction.cubin import Cubin, Loop
 from lla_compile.spec import LLASpec
@@ -19,6 +23,15 @@ def _has_nvrtc() -> bool:
 
 
 NEEDS_NVRTC = pytest.mark.skipif(not _has_nvrtc(), reason="NVRTC is not installed")
+
+
+@contextmanager
+def shared_cubins() -> Iterator[None]:
+    """What any process of these tests compiles by NVRTC is there for all of them; the user's cache is left alone."""
+    folder = Path(os.environ["LLA_COMPILE_TEST_CUBINS"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_cache_folder", lambda: folder)
+        yield
 
 
 def decode_spec(dtype: str, head_dim: int, head_dim_v: int | None = None, **fields) -> LLASpec:

@@ -1,12 +1,10 @@
 """The CUDA kernels of decoding compiled for GPUs that are not here: what the machine code tells, and the disk cache."""
 
 import importlib.util
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
-from compiled import NEEDS_NVRTC, DecodeCase, decode_spec
+from compiled import NEEDS_NVRTC, DecodeCase, decode_spec, shared_cubins
 
 from lla_compile import backends
 from lla_compile.backends.cuda import compiler, gram_kernels, nvrtc
@@ -63,9 +61,7 @@ EVERY_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.fixture(scope="module")
 def compiled():
     """A function from case to cubins."""
-    folder, known = Path(os.environ["LLA_COMPILE_TEST_CUBINS"]), {}
-    patch = pytest.MonkeyPatch()
-    patch.setattr(compiler, "_cache_folder", lambda: folder)
+    known = {}
 
     def compile_case(case: Case) -> list[Cubin]:
         if case not in known:
@@ -78,8 +74,8 @@ def compiled():
             ]
         return known[case]
 
-    yield compile_case
-    patch.undo()
+    with shared_cubins():
+        yield compile_case
 
 
 def compile_kernel(kernel: gram_kernels.Kernel, compute_capability: str) -> bytes:
@@ -109,8 +105,8 @@ def test_the_pass_uses_the_tensor_cores(case, compiled):
     if case.uses_wgmma:
         loops = [loop for loop in gram_pass.loops if loop["HGMMA"]]
         assert len(loops) == 2
-        # A wait for all products of each of two tiles, and of each step of a tile in two terms; where registers are short
-        # there is one after every product.
+        # A wait for all products of each of two tiles, and of each step of a tile in two terms; where registers are
+        # short there is one after every product.
         waits = sum(name.startswith("WARPGROUP.DEPBAR") for _, name, _ in gram_pass.instructions)
         assert waits == 2 + case.config.block_k // 16
 

@@ -1,12 +1,10 @@
 """The CUDA kernels of the forward pass compiled for GPUs that are not here: what the machine code tells."""
 
 import importlib.util
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
-from compiled import NEEDS_NVRTC, code_of, lost_operands
+from compiled import NEEDS_NVRTC, code_of, lost_operands, shared_cubins
 
 from lla_compile import backends
 from lla_compile.backends.cuda import compiler, sweep_kernels
@@ -138,11 +136,8 @@ def compiled():
 
 @pytest.fixture(scope="module", autouse=True)
 def cache():
-    folder = Path(os.environ["LLA_COMPILE_TEST_CUBINS"])
-    patch = pytest.MonkeyPatch()
-    patch.setattr(compiler, "_cache_folder", lambda: folder)
-    yield
-    patch.undo()
+    with shared_cubins():
+        yield
 
 
 @NEEDS_NVRTC

@@ -81,9 +81,11 @@ def predictable_backends(spec: LLASpec, device: DeviceInfo, requested: Sequence[
     for name in requested or _SEARCHED:
         if name not in efficiency.BY_BACKEND:
             refused.append(f"{name} compiles no kernels that could be read: measure it on the device")
-        elif requested and (why := _cannot_compile(name)):
-            raise ValueError(f"--backend names {name}, whose times cannot be predicted here: {why}")
-        elif why := _cannot_compile(name) or backends.get(name).unsupported_spec(spec, device):
+            continue
+        missing = _cannot_compile(name)
+        if missing and requested:
+            raise ValueError(f"--backend names {name}, whose times cannot be predicted here: {missing}")
+        if why := missing or backends.get(name).unsupported_spec(spec, device):
             refused.append(f"{name}: {why}")
         else:
             found[name] = backends.get(name)

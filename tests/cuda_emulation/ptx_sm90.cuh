@@ -115,8 +115,9 @@ inline float described_row_element(uint64_t descriptor, int row, int k) {
     return to_float(bits);
 }
 
-template <int ADD, int TILES, class Left>
-inline void multiply_by_rows(const Lane* lanes, uint64_t right, Left left) {
+// Of a warp: left(a) fills its 16 rows, right(n, k) is an element of the other operand.
+template <int ADD, int TILES, class Left, class Right>
+inline void multiply_described(const Lane* lanes, Left left, Right right) {
     struct Sums {
         float* of[32];
     } held;
@@ -125,7 +126,7 @@ inline void multiply_by_rows(const Lane* lanes, uint64_t right, Left left) {
         float a[16][16], b[8 * TILES][16];
         left(a);
         for (int n = 0; n < 8 * TILES; ++n) {
-            for (int k = 0; k < 16; ++k) b[n][k] = described_row_element(right, n, k);
+            for (int k = 0; k < 16; ++k) b[n][k] = right(n, k);
         }
         for (int lane = 0; lane < 32; ++lane) {
             for (int i = 0; i < 4 * TILES; ++i) {
@@ -136,6 +137,11 @@ inline void multiply_by_rows(const Lane* lanes, uint64_t right, Left left) {
             }
         }
     });
+}
+
+template <int ADD, int TILES, class Left>
+inline void multiply_by_rows(const Lane* lanes, uint64_t right, Left left) {
+    multiply_described<ADD, TILES>(lanes, left, [=](int n, int k) { return described_row_element(right, n, k); });
 }
 
 template <int ADD, int TILES>

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from decode_problems import DecodeProblem, decode, decode_plan, make_decode_problem
+from parallax_problems import ParallaxProblem, make_parallax_problem
 from problems import Problem, make_packed_problem, make_plan, make_problem, run_backward, run_info
 
 from lla_compile import backends
 from lla_compile.devices import identify
+from lla_compile.spec import LLASpec
 
 
 def gpu_problem(**fields) -> Problem:
@@ -37,10 +39,15 @@ def bound(backend: str, p: Problem, precision: str = "accurate", **knobs):
     return lambda: executable(p.inputs(), ("out",))["out"]
 
 
+def skip_unless_supported(backend: str, spec: LLASpec) -> None:
+    """A test of what the backend does not take is skipped with its reason."""
+    if reason := backends.get(backend).unsupported(spec, identify("cuda")):
+        pytest.skip(f"{backend}: {reason}")
+
+
 def skip_unless_taken(backend: str, p: Problem, precision: str, scale=None, **knobs) -> None:
     device = identify("cuda")
-    if reason := backends.get(backend).unsupported(p.spec(precision), device):
-        pytest.skip(f"{backend}: {reason}")
+    skip_unless_supported(backend, p.spec(precision))
     made = make_plan(p, backend, precision, device, **knobs)
     if reason := backends.get(backend).infeasible(made.spec, made.config, device):
         pytest.skip(f"{backend}: {reason}")
@@ -49,6 +56,10 @@ def skip_unless_taken(backend: str, p: Problem, precision: str, scale=None, **kn
 def gradients(p: Problem, grad_out: torch.Tensor, precision: str = "accurate", **knobs) -> dict[str, torch.Tensor]:
     """All five gradients by name."""
     return run_backward(p, grad_out, "triton", precision, device=identify("cuda"), **knobs)
+
+
+def gpu_parallax_problem(**fields) -> ParallaxProblem:
+    return make_parallax_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
 
 
 def gpu_decode_problem(**fields) -> DecodeProblem:

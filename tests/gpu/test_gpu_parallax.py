@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from on_gpu import poison_free_memory
+from on_gpu import gpu_parallax_problem, poison_free_memory, skip_unless_supported
 from parallax_problems import (
     GRADIENTS,
     SHAPES,
@@ -15,7 +15,6 @@ from parallax_problems import (
     gradients,
     grown,
     make_packed_parallax_problem,
-    make_parallax_problem,
     run_forward,
 )
 from problems import assert_close, assert_gradients_close, relative_error
@@ -45,10 +44,6 @@ LARGER = [
 ]
 
 
-def problem(**fields):
-    return make_parallax_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
-
-
 def packed(*lengths, **fields):
     return make_packed_parallax_problem(*lengths, **dict(dtype=torch.bfloat16, device="cuda") | fields)
 
@@ -60,26 +55,20 @@ def attend(*tensors, backend="triton", **options):
 def attend_on(backend, p):
     """:func:`attend` with the passes of a backend, where it takes the forward pass; it may leave the backward pass to
     another."""
-    if why := backends.get(backend).unsupported(p.spec(), identify("cuda")):
-        pytest.skip(f"{backend}: {why}")
+    skip_unless_supported(backend, p.spec())
     return partial(attend, backend=backend)
 
 
 def gradients_of(backend, p, op="parallax", names=GRADIENTS):
     """After Triton's forward pass; a test of what the backend does not take is skipped with its reason."""
-    skip_unless_taken(backend, p, op)
+    skip_unless_supported(backend, p.spec(op, "backward"))
     return bound_backward(p, backend, identify("cuda"), "triton", op)(*names)
-
-
-def skip_unless_taken(backend, p, op="parallax"):
-    if reason := backends.get(backend).unsupported(p.spec(op, "backward"), identify("cuda")):
-        pytest.skip(f"{backend}: {reason}")
 
 
 @BACKENDS
 @pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
 def test_values_and_gradients(fields, backend):
-    p = problem(**fields)
+    p = gpu_parallax_problem(**fields)
     attend = attend_on(backend, p)
     poison_free_memory()
     assert_close(attend(*p.tensors, **p.options), p.reference(), OUT_LIMIT)
@@ -91,7 +80,7 @@ def test_values_and_gradients(fields, backend):
 @BACKENDS
 @pytest.mark.parametrize("fields", SHAPES + LARGER, ids=str)
 def test_gradients_after_another_forward_pass(fields, backend):
-    p = problem(**fields)
+    p = gpu_parallax_problem(**fields)
     poison_free_memory()
     expected = p.reference_gradients()
     del expected["dscale"]
@@ -100,7 +89,7 @@ def test_gradients_after_another_forward_pass(fields, backend):
 
 @BACKENDS
 def test_gradient_of_the_scale(backend):
-    p = problem(seqlen_q=300, head_dim=64)
+    p = gpu_parallax_problem(seqlen_q=300, head_dim=64)
     got = gradients_of(backend, p, names=("dscale",))["dscale"]
     assert relative_error(got, p.reference_row_dscale()) <= GRADIENT_LIMIT
 
@@ -108,7 +97,7 @@ def test_gradient_of_the_scale(backend):
 @BACKENDS
 @pytest.mark.parametrize("wanted", [("dv",), ("dk",), ("dq", "dv"), ("dr", "dk")], ids=str)
 def test_some_gradients(wanted, backend):
-    p = problem(seqlen_q=300, head_dim=64)
+    p = gpu_parallax_problem(seqlen_q=300, head_dim=64)
     together, alone = gradients_of(backend, p), gradients_of(backend, p, names=wanted)
     assert all(torch.equal(alone[name], together[name]) for name in wanted)
 
@@ -116,7 +105,7 @@ def test_some_gradients(wanted, backend):
 @BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_gradients_of_softmax_attention(head_dim, backend):
-    p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
+    p = gpu_parallax_problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
     q, _, k, v = (x.double().requires_grad_() for x in p.tensors)
     out = parallax_reference(q, None, k, v)
     expected = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), p.grad_out.double())))
@@ -127,7 +116,7 @@ def test_gradients_of_softmax_attention(head_dim, backend):
 @pytest.mark.parametrize("op", ["parallax", "softmax"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_tile_of_the_backward_pass(head_dim, op, backend):
-    p, device = problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
+    p, device = gpu_parallax_problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
     names = GRADIENTS if op == "parallax" else ("dq", "dk", "dv")
     expected, spec = gradients_of(backend, p, op, names), p.spec(op, "backward")
     for config in backends.get(backend).alternatives(spec, device):
@@ -140,7 +129,7 @@ def test_every_tile_of_the_backward_pass(head_dim, op, backend):
 @BACKENDS
 @pytest.mark.parametrize("dtype, limit", [(torch.float16, 1e-3), (torch.float32, 1e-5)], ids=str)
 def test_other_types(dtype, limit, backend):
-    p = problem(seqlen_q=500, head_dim=64, dtype=dtype)
+    p = gpu_parallax_problem(seqlen_q=500, head_dim=64, dtype=dtype)
     attend = attend_on(backend, p)
     assert_close(attend(*p.tensors), p.reference(), limit)
     expected = p.reference_gradients()
@@ -152,7 +141,7 @@ def test_other_types(dtype, limit, backend):
 @pytest.mark.parametrize("fields", [dict(offset=20.0), dict(offset=2.0, growth=8.0)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_offsets_and_growth_of_the_keys_cost_no_digits(head_dim, fields, backend):
-    p = grown(problem(seqlen_q=1024, head_dim=head_dim, offset=fields["offset"]), fields.get("growth", 0.0))
+    p = grown(gpu_parallax_problem(seqlen_q=1024, head_dim=head_dim, offset=fields["offset"]), fields.get("growth", 0.0))
     assert_close(attend_on(backend, p)(*p.tensors), p.reference(), OUT_LIMIT)
 
 
@@ -160,7 +149,7 @@ def test_offsets_and_growth_of_the_keys_cost_no_digits(head_dim, fields, backend
 @pytest.mark.parametrize("op", ["parallax", "softmax"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_every_tile_and_what_it_saves(head_dim, op, backend):
-    p, device = problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
+    p, device = gpu_parallax_problem(seqlen_q=500, heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
     attend_on(backend, p)
     executor, spec = backends.get(backend), p.spec(op)
     double = replace(p, tensors=tuple(x.double() for x in p.tensors))
@@ -175,7 +164,7 @@ def test_every_tile_and_what_it_saves(head_dim, op, backend):
 @BACKENDS
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_results_are_the_same_bit_for_bit(head_dim, backend):
-    p = problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
+    p = gpu_parallax_problem(seqlen_q=700, heads=4, kv_heads=2, head_dim=head_dim)
     attend = attend_on(backend, p)
     first, second = (gradients(p, attend) | {"out": attend(*p.tensors)} for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in (*GRADIENTS, "out"))
@@ -183,7 +172,7 @@ def test_results_are_the_same_bit_for_bit(head_dim, backend):
 
 @BACKENDS
 def test_a_probe_of_zero_is_softmax_attention(backend):
-    p = problem(seqlen_q=500, head_dim=64, probe=0.0)
+    p = gpu_parallax_problem(seqlen_q=500, head_dim=64, probe=0.0)
     attend = attend_on(backend, p)
     q, r, k, v = p.tensors
     options = Options(op="softmax", backend=backend)
@@ -195,7 +184,7 @@ def test_a_probe_of_zero_is_softmax_attention(backend):
 
 @BACKENDS
 def test_packed_sequences(backend):
-    p = problem(seqlen_q=600, heads=4, kv_heads=2, head_dim=64)
+    p = gpu_parallax_problem(seqlen_q=600, heads=4, kv_heads=2, head_dim=64)
     attend_on(backend, p)
     ends = torch.tensor([0, 177, 177, 600], dtype=torch.int32, device="cuda")
     packed = [x[0].transpose(0, 1).clone().requires_grad_() for x in p.tensors]
@@ -222,7 +211,7 @@ def test_gradients_of_packed_sequences(fields, backend):
 def test_gradients_of_packed_sequences_are_those_of_each_alone(head_dim):
     """Bit for bit, from what the same forward pass has saved."""
     p, device = packed((300, 129, 0, 1, 700), heads=4, kv_heads=2, head_dim=head_dim), identify("cuda")
-    skip_unless_taken("cuda", p)
+    skip_unless_supported("cuda", p.spec("parallax", "backward"))
     run = bound_backward(p, "cuda", device, "triton")
     together, of_keys = run(*GRADIENTS), ("k", "v", "dk", "dv")
     for alone, rows, keys in p.sequences():
@@ -262,7 +251,7 @@ def test_a_cuda_graph_follows_the_lengths_of_packed_sequences(backend):
 
 @BACKENDS
 def test_training_in_a_cuda_graph(backend):
-    p = problem(seqlen_q=300, head_dim=64)
+    p = gpu_parallax_problem(seqlen_q=300, head_dim=64)
     leaves, attend = p.leaves(), attend_on(backend, p)
 
     def step():
@@ -282,7 +271,7 @@ def test_training_in_a_cuda_graph(backend):
 
 @BACKENDS
 def test_compiled_code(backend):
-    p = problem(seqlen_q=200, head_dim=64)
+    p = gpu_parallax_problem(seqlen_q=200, head_dim=64)
     attend = attend_on(backend, p)
     compiled = torch.compile(lambda *x: attend(*x) * 2, fullgraph=True)
     leaves = p.leaves()
@@ -300,7 +289,7 @@ def test_errors_are_no_larger_than_those_of_flash_linear_attention(head_dim, bac
     """A few per cent are the luck of the rounding."""
     from fla.ops.parallax import parallel_parallax
 
-    p = problem(seqlen_q=1024, heads=4, head_dim=head_dim)
+    p = gpu_parallax_problem(seqlen_q=1024, heads=4, head_dim=head_dim)
     attend = attend_on(backend, p)
 
     def fla(*tensors):

@@ -4,9 +4,8 @@ import itertools
 
 import pytest
 import torch
-from on_gpu import poison_free_memory
+from on_gpu import gpu_parallax_problem, poison_free_memory, skip_unless_supported
 from parallax_decode_problems import CASES, make_parallax_decode_problem
-from parallax_problems import make_parallax_problem
 from problems import assert_close
 
 from lla_compile import KVCache, backends, parallax_decode, parallax_decode_workspace, plan
@@ -17,19 +16,10 @@ OUT_LIMIT = 2.5e-3
 BACKENDS = pytest.mark.parametrize("backend", ["triton", "cuda"])
 
 
-def problem(**fields):
-    return make_parallax_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
-
-
-def skip_unless_decodes(backend, spec):
-    if reason := backends.get(backend).unsupported(spec, identify("cuda")):
-        pytest.skip(f"{backend}: {reason}")
-
-
 def decode_problem(lengths, heads=8, kv_heads=2, queries=1, capacity=1024, head_dim=128, window=None):
     """Queries, probes, keys and values with NaN in the slots past ``lengths``, and what decoding should give."""
     fields = dict(seqlen_q=queries, seqlen_k=capacity, batch=len(lengths), heads=heads, kv_heads=kv_heads)
-    q, r, k, v = (x.clone() for x in problem(head_dim=head_dim, **fields).tensors)
+    q, r, k, v = (x.clone() for x in gpu_parallax_problem(head_dim=head_dim, **fields).tensors)
     expected = torch.cat(
         [
             parallax_reference(q[i : i + 1], r[i : i + 1], k[i : i + 1, :, :n], v[i : i + 1, :, :n], window_size=window)
@@ -49,7 +39,7 @@ def test_decoding(head_dim, queries, window, page, backend):
     lengths = (1024, 333, 17, 0)
     (q, r, k, v), seqlens, expected = decode_problem(lengths, queries=queries, head_dim=head_dim, window=window)
     options = dict(seqlens=seqlens, window_size=window, backend=backend)
-    skip_unless_decodes(backend, plan(q, k, v, op="parallax", phase="decode").spec)
+    skip_unless_supported(backend, plan(q, k, v, op="parallax", phase="decode").spec)
     if page:
         pages = k.shape[2] // page
         order = torch.randperm(4 * pages, device="cuda")
@@ -91,7 +81,7 @@ def test_decoding_of_keys_that_grow_along_the_cache(backend, request):
 
 def assert_decoded_in_parts(backend, **fields):
     p = make_parallax_decode_problem(**dict(dtype=torch.bfloat16, device="cuda") | fields)
-    skip_unless_decodes(backend, p.spec)
+    skip_unless_supported(backend, p.spec)
     poison_free_memory()
     for num_splits in (1, 7):
         p.assert_decoded(backend, identify("cuda"), OUT_LIMIT, num_splits=num_splits)
@@ -105,7 +95,7 @@ def test_every_tile_of_decoding(head_dim, group, queries):
         lengths=(700, 77), capacity=700, heads=group, kv_heads=1, queries=queries, head_dim=head_dim,
         head_dim_v=head_dim, dtype=torch.bfloat16, device="cuda",
     )  # fmt: skip
-    skip_unless_decodes("cuda", p.spec)
+    skip_unless_supported("cuda", p.spec)
     executor, device = backends.get("cuda"), identify("cuda")
     space = executor.search_space(p.spec, device)
     knobs, tried = ("block_q", "block_k", "num_warps"), 0
@@ -122,7 +112,7 @@ def test_decoding_gives_the_same_bits_every_time(backend):
     p = make_parallax_decode_problem(
         lengths=(3000, 2049), capacity=3000, head_dim=128, head_dim_v=128, dtype=torch.bfloat16, device="cuda"
     )
-    skip_unless_decodes(backend, p.spec)
+    skip_unless_supported(backend, p.spec)
     run = backends.get(backend).bind(p.plan(backend, identify("cuda"), num_splits=7))
     first = run(p.inputs, ("out",))["out"]
     assert all(torch.equal(run(p.inputs, ("out",))["out"], first) for _ in range(100))
@@ -134,7 +124,7 @@ def test_few_and_many_heads_decode(batch, backend):
     """Cut into many parts, and into one."""
     (q, r, k, v), seqlens, expected = decode_problem((4000,) * batch, kv_heads=8, capacity=4000)
     chosen = plan(q, k, v, op="parallax", phase="decode")
-    skip_unless_decodes(backend, chosen.spec)
+    skip_unless_supported(backend, chosen.spec)
     assert chosen.config.num_splits > 1 or batch > 1
     assert_close(parallax_decode(q, r, k, v, seqlens=seqlens, backend=backend), expected, OUT_LIMIT)
 
@@ -142,11 +132,11 @@ def test_few_and_many_heads_decode(batch, backend):
 @BACKENDS
 def test_decoding_in_a_cuda_graph_allocates_nothing_and_follows_the_lengths(backend):
     cache = KVCache(2, 2, capacity=256, head_dim=64, device="cuda")
-    p = problem(seqlen_q=40, batch=2, heads=4, kv_heads=2, head_dim=64)
+    p = gpu_parallax_problem(seqlen_q=40, batch=2, heads=4, kv_heads=2, head_dim=64)
     q, r, k, v = p.tensors
     cache.append(k, v)
     row, probe = q[:, :, -1:].clone(), r[:, :, -1:].clone()
-    skip_unless_decodes(backend, plan(row, cache.k, cache.v, op="parallax", phase="decode").spec)
+    skip_unless_supported(backend, plan(row, cache.k, cache.v, op="parallax", phase="decode").spec)
     out, workspace = torch.empty_like(row), parallax_decode_workspace(row, cache.k, cache.v, backend=backend)
     options = dict(seqlens=cache.seqlens, out=out, workspace=workspace, backend=backend)
     parallax_decode(row, probe, cache.k, cache.v, **options)
