@@ -141,7 +141,8 @@ def test_other_types(dtype, limit, backend):
 @pytest.mark.parametrize("fields", [dict(offset=20.0), dict(offset=2.0, growth=8.0)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_offsets_and_growth_of_the_keys_cost_no_digits(head_dim, fields, backend):
-    p = grown(gpu_parallax_problem(seqlen_q=1024, head_dim=head_dim, offset=fields["offset"]), fields.get("growth", 0.0))
+    level = gpu_parallax_problem(seqlen_q=1024, head_dim=head_dim, offset=fields["offset"])
+    p = grown(level, fields.get("growth", 0.0))
     assert_close(attend_on(backend, p)(*p.tensors), p.reference(), OUT_LIMIT)
 
 
