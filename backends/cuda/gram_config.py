@@ -20,9 +20,7 @@ _PREFERENCE = {True: ((64, 6), (64, 5), (64, 4)), False: ((64, 4), (64, 3), (32,
 _LEAST_STAGES = {True: 4, False: 3}
 # Rows of wgmma's swizzled operands repeat after 1024 bytes, which a stage must not cut.
 _LEAST_BLOCK_K = {True: 32, False: 16}
-# Of a thread when a block starts; by rows, as gram_pass_wgmma.cu has them from its bounds.
-_WGMMA_REGISTERS = {64: 128, 128: 168}
-_MOST_REGISTERS = 256
+_MOST_REGISTERS = 256  # of a thread
 _RESERVED_SHARED_MEMORY = 1024  # of a multiprocessor, for each block
 
 
@@ -51,7 +49,7 @@ def _default(spec: LLASpec, device: DeviceInfo, num_warps: int) -> KernelConfig:
         if infeasible(spec, config, device) is None:
             break
     programs = max(spec.batch * spec.num_heads * spec.seqlen_q, 1)
-    blocks = device.sms * _resident(spec, config, device)
+    blocks = device.sms * _enough(spec, config, device)
     return replace(config, num_splits=gram_limits.splits_that_fill(spec, blocks // programs))
 
 
@@ -94,11 +92,11 @@ def infeasible(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> str |
     return None
 
 
-def _resident(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
-    """Blocks of the pass that a multiprocessor holds at once."""
+def _enough(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> int:
+    """Blocks of the pass that keep a multiprocessor busy: with wgmma one does, and fewer parts are merged then."""
+    if gram_kernels.uses_wgmma(spec, config):
+        return 1
     gram_pass = gram_kernels.kernels(spec, config, device)[0]
     by_memory = device.shared_memory_per_sm // (gram_pass.shared + _RESERVED_SHARED_MEMORY)
-    wgmma = gram_kernels.uses_wgmma(spec, config)
-    registers = _WGMMA_REGISTERS[config.block_d] if wgmma else _MOST_REGISTERS
-    by_registers = device.registers_per_sm // (registers * gram_pass.threads)
+    by_registers = device.registers_per_sm // (_MOST_REGISTERS * gram_pass.threads)
     return max(min(by_memory, by_registers), 1)

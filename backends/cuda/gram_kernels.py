@@ -27,6 +27,7 @@ _MERGE_THREADS = 256  # the kernels' constant of the same name, as are the numbe
 _SOLVE_THREADS, _SOLVE_WARPS = 256, 8
 # Solves on a multiprocessor at once, each with its matrix in registers; from 10.0 on two of them spill.
 _SOLVE_BLOCKS, _SOLVE_BLOCKS_UP_TO = 2, 9.0
+_OVERLAPS_FROM = 9.0  # kernels that start before the one in front of them ends
 _PART_BYTES = 112
 _NARROW_ROW_BYTES = 32  # of an operand with few columns
 
@@ -43,6 +44,7 @@ class Kernel:
         threads: of a block.
         shared: bytes of shared memory of a block, all dynamic.
         printed: headers beside those in the folder, by name.
+        overlaps: whether it may start before the kernel in front of it ends, for which it waits by itself.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Kernel:
     shared: int
     defines: Mapping[str, str] = field(hash=False)
     printed: Mapping[str, str] = field(default_factory=dict, hash=False)
+    overlaps: bool = False
 
 
 def warp_counts(spec: LLASpec, device: DeviceInfo) -> tuple[int, ...]:
@@ -82,7 +85,7 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
     passed = {
         "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": spec.page_size or 0,
         "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": TWO_TERMS_UP_TO,
-        "HEADROOM": f"{HEADROOM[spec.dtype]}f",
+        "HEADROOM": f"{HEADROOM[spec.dtype]}f", "LEAVES_PARTS": int(config.num_splits > 1),
     }  # fmt: skip
     source, pass_shared = (
         ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)
@@ -93,14 +96,21 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
             pass_shared(config, width, width_v), _text(common | passed),
         )
     ]  # fmt: skip
+    overlaps = float(device.compute_capability) >= _OVERLAPS_FROM
     if config.num_splits > 1:
-        grid = queries, -(-part_numel(spec) // _MERGE_THREADS)
-        launches.append(Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common)))
-    shared = _solve_shared(width, width_v)
+        grid = queries, -(-part_numel(spec) // (4 * _MERGE_THREADS))  # four numbers a thread
+        merged = Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common), overlaps=overlaps)
+        launches.append(merged)
+    # Sums of values are fetched ahead where that costs no query its place on a multiprocessor.
+    ahead = queries <= device.sms and _solve_shared(width, width_v, True) <= device.shared_memory_per_block
+    shared = _solve_shared(width, width_v, ahead)
     several = float(device.compute_capability) <= _SOLVE_BLOCKS_UP_TO
     blocks = min(max(device.shared_memory_per_sm // shared, 1), _SOLVE_BLOCKS if several else 1)
-    solved = _text(common | {"DIRECT_AFTER": DIRECT_AFTER, "SOLVE_BLOCKS": blocks})
-    launches.append(Kernel("gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, shared, solved))
+    constants = {"DIRECT_AFTER": DIRECT_AFTER, "SOLVE_BLOCKS": blocks, "VALUES_AHEAD": int(ahead)}
+    solved = _text(common | constants)
+    launches.append(
+        Kernel("gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, shared, solved, overlaps=overlaps)
+    )
     return tuple(launches)
 
 
@@ -114,21 +124,22 @@ def _wgmma_shared(config: KernelConfig, width: int, width_v: int) -> int:
     tiles = 2 * config.num_stages * config.block_k * (width + width_v)
     narrow = _NARROW_ROW_BYTES * (16 + config.num_stages * config.block_k)
     barriers = 8 * (2 * config.num_stages + 1)
-    weights = 4 * config.num_stages * config.block_k
-    return _aligned(tiles + narrow + barriers + _PART_BYTES + weights + _scratch(width))
+    weights_and_pages = 4 * (config.num_stages + 2) * config.block_k
+    return _aligned(tiles + narrow + barriers + _PART_BYTES + weights_and_pages + _scratch(width))
 
 
-def _solve_shared(width: int, width_v: int) -> int:
-    system = width * (width + 2) + (2 + _SOLVE_WARPS) * width + 2 * (width + 1) + 2 * width
-    return 4 * (system + 2 * width + (1 + _SOLVE_WARPS) * width_v)
+def _solve_shared(width: int, width_v: int, values_ahead: bool) -> int:
+    system = width * (width + 2) + 3 * _SOLVE_WARPS * width + 2 * (width + 1) + 2 * width
+    numbers = system + 2 * width + (1 + _SOLVE_WARPS) * width_v
+    return _aligned(4 * numbers, 16) + 4 * width * width_v if values_ahead else 4 * numbers
 
 
 def _scratch(width: int) -> int:
     return 6 * width + 4 * 34
 
 
-def _aligned(size: int) -> int:
-    return -(-size // 8) * 8
+def _aligned(size: int, unit: int = 8) -> int:
+    return -(-size // unit) * unit
 
 
 def _text(constants: Mapping[str, object]) -> dict[str, str]:

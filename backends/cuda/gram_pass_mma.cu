@@ -4,6 +4,7 @@
 // values; in each a warp owns WARP_ROWS rows. A warp makes the weighted keys of its rows in registers, in the layout
 // of a left operand. The weights of a tile are computed while the one before it is multiplied.
 #include <gram_part.cuh>
+#include <ptx_dependent.cuh>
 
 constexpr int WARP_ROWS = BLOCK_D < 32 ? 16 : 32;
 constexpr int ROW_TILES = WARP_ROWS / 16;
@@ -20,8 +21,6 @@ struct Shared {
     float weights[2][BLOCK_K];
     Scratch scratch;
     Part part;  // here rather than in every thread's registers, which the sums fill
-
-    DEVICE void meet(int) { sync_block(); }
 };
 
 // Of one warp: the sums of weighted keys with keys or values, and the narrow ones, of weighted keys or of values alone.
@@ -165,6 +164,7 @@ DEVICE void store_sums(const Sums& sums, float* state, int warp, int lane) {
 KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
     int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    let_next_kernel_start();
     if (thread == 0) shared.part = Part(g, blockIdx.x);
     sync_block();
     const Part& part = shared.part;
@@ -172,7 +172,8 @@ KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
         if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
         return;
     }
-    prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread);
+    prepare<WARPS>(g, part, shared.stages[0], shared.scratch, thread, sync_block);
+    sync_block();
     float shift[ROW_TILES][2];
 #pragma unroll
     for (int m = 0; m < ROW_TILES; ++m) {
@@ -189,6 +190,10 @@ KERNEL(THREADS, 1) gram_pass(PARAMETER GramArguments g) {
             sum_part<1>(sums, weights, shared, part, shift, thread);
         }
         store_sums(sums, part.state, warp, lane);
-        again = finish<WARPS>(weights, shared);
+        leave(shared.scratch, weights, warp, lane);
+        sync_block();
+        again = too_low<WARPS>(shared.scratch, weights.reference);
+        if (thread == 0) conclude<WARPS>(shared.scratch, part, weights.reference);
+        if (again) sync_block();
     }
 }

@@ -1,18 +1,24 @@
 // One pass over the keys of a part, with the matrix instructions of four warps (wgmma), for compute capability 9.0.
 //
-// One group of four warps copies tiles and weighs their keys. Each of the others owns 64 rows of both sums, in registers:
+// One group of four warps copies tiles and weighs their keys, two warps a tile. Each of the others owns 64 rows of both sums, in registers:
 // it makes the weighted keys of its rows, in the layout of a left operand, and multiplies them with the tile in shared
 // memory, and 64 columns of the values with the weights. Products run on their own: meanwhile the weighted keys of the
 // next tile are made.
+#include <gram_copy.cuh>
 #include <gram_part.cuh>
 #include <gram_shares.cuh>
 #include <products_sm90.cuh>
+#include <ptx_dependent.cuh>
 #include <ptx_transposed.cuh>
+#include <ptx_turns.cuh>
 
 constexpr int GROUP = 128;
+// Beside the block's own; those that follow are for turns.
+constexpr int FIRST_PAIR_BARRIER = 1, SECOND_PAIR_BARRIER = 2, ROWS_BARRIER = 3;
 constexpr int ROW_GROUPS = BLOCK_D / 64;
 constexpr int ROW_WARPS = 4 * ROW_GROUPS;
-constexpr int WARPS = ROW_WARPS + 4;
+constexpr int COPY_WARPS = GROUP / 32;
+constexpr int WARPS = ROW_WARPS + COPY_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCKS = ROW_GROUPS == 1 ? 2 : 1;  // on a multiprocessor at least, which sets the registers at the start
 constexpr int ROW_REGISTERS = ROW_GROUPS == 1 ? 152 : 208;
@@ -25,11 +31,6 @@ constexpr int STAGE_BYTES = KeyTile::BYTES + ValueTile::BYTES;
 constexpr int NARROW_ROW = 32;  // bytes, the least of an operand
 constexpr int VALUE_PANELS = BLOCK_DV / ValueTile::PANEL;
 static_assert(ValueTile::PANEL == 64, "a group's columns of the values");
-// Tiles that are being copied. The others are: one multiplied, one whose weighted keys are made, one weighed.
-constexpr int AHEAD = STAGES - 3;
-// Whether what is loaded from a tile is under way while other tiles' copies are started and while weights are made: nobody
-// else hides those waits, but addresses of pages leave no registers for it.
-constexpr bool EARLY = !PAGE_SIZE;
 
 // The weights of a tile as the right operand of products that sum values: a row of each key, whose first two columns are
 // its weight and what rounding that lost.
@@ -50,38 +51,53 @@ struct Shared {
     uint64_t met;                          // by all threads of the block
     Part part;
     float weights[STAGES][BLOCK_K];
+    int32_t pages[2][BLOCK_K];  // of the tile that each pair starts to copy
     Scratch scratch;
 
-    // The warps that weigh do it elsewhere in the code than those that own rows, which the block's own barrier does not
-    // allow.
+    // All threads, which the warps that weigh do elsewhere in the code than those that own rows: the block's own barrier
+    // does not allow that. They meet before a pass (parity 0) and after it.
     DEVICE void meet(int parity) {
         arrive(&met);
         wait_phase(&met, parity);
     }
 };
 
-// One arrival for the warp, after all that its threads did before.
-DEVICE void arrive_as_warp(uint64_t* barrier, int lane) {
-    sync_warp();
-    if (lane == 0) arrive(barrier);
-}
-
 // ---- the warps that copy and weigh ----
 
-// The number of the thread within the group.
-DEVICE int copy_thread() { return thread_anew() % GROUP; }
+// They are two pairs, which take turns with the tiles: while one waits, for its keys or for its own results, the other
+// computes.
+constexpr int PAIR = 64;
+constexpr int ROUND_KEYS = PAIR / 2, KEY_ROUNDS = BLOCK_K / ROUND_KEYS;  // sixteen keys a warp at once
+// A pair starts to copy the tile that many tiles ahead when it has weighed one. The stage is then the last but one before
+// the tile that it has weighed, at least: being multiplied, or free.
+constexpr int LEAD = (STAGES - 2) / 2 * 2;
+static_assert(LEAD >= 2);
+
+// The number of the thread within the pair, and the pair's.
+DEVICE int pair_thread() { return thread_anew() % PAIR; }
+DEVICE int pair_number() { return thread_anew() / PAIR % 2; }
+DEVICE int copy_warp() { return thread_anew() / 32 % COPY_WARPS; }
+DEVICE void sync_pair() {
+    if (pair_number()) {
+        sync_some<SECOND_PAIR_BARRIER, PAIR>();
+    } else {
+        sync_some<FIRST_PAIR_BARRIER, PAIR>();
+    }
+}
 
 // What a thread copies. Most tiles are whole: all of their keys are seen.
 struct Copies {
     static constexpr bool EVEN = ALIGNED && !PAGE_SIZE && HEAD_DIM == BLOCK_D && HEAD_DIM_V == BLOCK_DV;
-    TileCopy<KeyTile, GROUP> keys;
-    TileCopy<ValueTile, GROUP> values;
+    StreamedCopy<KeyTile, PAIR> keys;
+    StreamedCopy<ValueTile, PAIR> values;
     const uint16_t *first_key, *first_value;
     int64_t key_stride, value_stride;
-    int tiles, first_whole, whole_stop;
+    int first, tiles;  // the pair's first tile, and how many there are in all
+    int first_whole, whole_stop;
     Turn turn;
 
-    DEVICE Copies(const Part& part, int thread) : keys(thread), values(thread) {
+    DEVICE Copies(const Part& part, int thread, int first_)
+        : keys(thread), values(thread), first(first_), turn{first_, 0} {
         key_stride = part.keys.row_stride, value_stride = part.values.row_stride;
         first_key = part.keys.base + (part.start + keys.key) * key_stride + keys.chunk * CHUNK;
         first_value = part.values.base + (part.start + values.key) * value_stride + values.chunk * CHUNK;
@@ -92,9 +108,20 @@ struct Copies {
 
     DEVICE bool is_whole(int tile) const { return tile >= first_whole && tile < whole_stop; }
 
+    // The pages of a tile's rows: the pair's threads read one each, and share them.
+    DEVICE static void find_pages(Shared& shared, int tile) {
+        Slots slots = shared.part.slots(tile);
+        sync_pair();  // nobody reads the last tile's
+        for (int row = pair_thread(); row < BLOCK_K; row += PAIR) {
+            shared.pages[pair_number()][row] = slots.seen(row) ? slots.table[(slots.first + row) / max(PAGE_SIZE, 1)] : 0;
+        }
+        sync_pair();
+    }
+
     // Start to copy a tile of the part, if there is one.
     DEVICE void start(int tile, Shared& shared) {
         if (tile < tiles) {
+            if (PAGE_SIZE) find_pages(shared, tile);
             wait_phase(&shared.empty[turn.stage], turn.parity ^ 1);
             uint32_t stage = shared_address(shared.stages[turn.stage]);
             if (EVEN && is_whole(tile)) {
@@ -104,51 +131,59 @@ struct Copies {
                                    values.ROWS * value_stride);
             } else {
                 const Part& part = shared.part;
-                copy_stage<GROUP>(stage, part.keys, part.values, part.slots(tile), copy_thread());
+                const int32_t* pages = shared.pages[pair_number()];
+                decltype(keys)(pair_thread()).start(stage, part.keys, part.slots(tile), pages);
+                decltype(values)(pair_thread()).start(stage + KeyTile::BYTES, part.values, part.slots(tile), pages);
             }
-            turn.next();
+            turn.next(), turn.next();
         }
         commit_copies();
     }
 
-    // The first tiles of a pass over the keys.
-    DEVICE void begin(Shared& shared) {
+    // The pair's tiles of a pass over the keys up to the first that weighing starts. The very first one begins alone, since
+    // it would be the last to arrive beside others.
+    DEVICE void begin_first(Shared& shared) { start(first, shared); }
+    DEVICE void begin_others(Shared& shared) {
 #pragma unroll 1
-        for (int tile = 0; tile < AHEAD; ++tile) start(tile, shared);
+        for (int n = 2; n < LEAD; n += 2) start(first + n, shared);
     }
+
+    // The pass is over. Of an odd number of tiles, the first one of the next pass is the other pair's.
+    DEVICE void end() { first ^= tiles % 2; }
 };
 
-// All tiles of the part; the first ones are on their way.
+// The pair's tiles of the part; the first ones are on their way.
 DEVICE void weigh(Copies& copies, Turn& turn, Weights& weights, Shared& shared) {
     const Part& part = shared.part;
-    KeyShare keys(shared.scratch.query, copy_thread() / 32 * 16, copy_thread() % 32);
+    KeyShare keys(shared.scratch.query, pair_thread() / 32 * 16, pair_thread() % 32);
 #pragma unroll 1
-    for (int tile = 0; tile < copies.tiles; ++tile) {
-        wait_copies<AHEAD - 1>();
-        sync_some<1, GROUP>();  // the tile is there for all of the group
+    for (int tile = copies.first; tile < copies.tiles; tile += 2) {
+        wait_copies<LEAD / 2 - 1>();
+        sync_pair();  // the tile is there for both warps
         uint32_t stage = shared_address(shared.stages[turn.stage]);
-        KeyShare::Pair first_keys, last_keys;
-        bool has_keys = BLOCK_K % 64 == 0 || copy_thread() < 2 * BLOCK_K;
-        if (!EARLY) copies.start(tile + AHEAD, shared);
-        if (has_keys) keys.fetch<0>(first_keys, stage);
-        if (EARLY) copies.start(tile + AHEAD, shared);
-        int thread = copy_thread(), lane = thread % 32;
-        if (has_keys) {
-            float dots[4];
-            keys.fetch<1>(last_keys, stage);
-            dots[0] = keys.query.times(first_keys[0]), dots[1] = keys.query.times(first_keys[1]);
-            dots[2] = keys.query.times(last_keys[0]), dots[3] = keys.query.times(last_keys[1]);
-            int own_key = thread / 32 * 16 + key_of_lane(lane);
-            bool seen = copies.is_whole(tile) || part.sees(part.start + tile * BLOCK_K + own_key);
+        bool whole = copies.is_whole(tile);
+        int thread = pair_thread(), lane = thread % 32;
+        // Step by step for all of the warp's keys, so that no step waits for the one before.
+        float dots[KEY_ROUNDS][4];
+#pragma unroll
+        for (int n = 0; n < KEY_ROUNDS; ++n) keys.multiply(dots[n], stage + n * ROUND_KEYS * ROW_BYTES<KeyTile>);
+#pragma unroll
+        for (int n = 0; n < KEY_ROUNDS; ++n) dots[n][0] = keys.product_of_lane(dots[n], lane);
+#pragma unroll
+        for (int n = 0; n < KEY_ROUNDS; ++n) {
+            int own_key = n * ROUND_KEYS + thread / 32 * 16 + key_of_lane(lane);
+            bool seen = whole || part.sees(part.start + tile * BLOCK_K + own_key);
             bool counts = lane % 2 == 0;
-            float weight = weights.weigh(keys.product_of_lane(dots, lane), seen, counts);
+            float weight = weights.weigh(dots[n][0], seen, counts);
             if (counts) {
                 shared.weights[turn.stage][own_key] = weight;
                 shared.narrow[turn.stage].set(own_key, weight);
             }
         }
-        arrive_as_warp(&shared.full[turn.stage], lane);
-        turn.next();
+        show_to_products();
+        arrive(&shared.full[turn.stage]);
+        turn.next(), turn.next();
+        copies.start(tile + LEAD, shared);
     }
     wait_copies<0>();
 }
@@ -169,11 +204,9 @@ struct Weighted {
     static constexpr int STEPS_AT_ONCE = COUNT == 1 ? STEPS : 1;
     uint32_t x[STEPS_AT_ONCE][COUNT][4];
 
-    // Wait for the tile and make the keys from step `first` on.
-    DEVICE void make(Shared& shared, const Turn& turn, int first, const float (&shift)[2], int row, int lane) {
+    // Make the keys from step `first` on.
+    DEVICE void make(const Shared& shared, const Turn& turn, int first, const float (&shift)[2], int row, int lane) {
         lane = anew(lane);
-        wait_phase(&shared.full[turn.stage], turn.parity);
-        show_to_products();
         uint32_t tile = shared_address(shared.stages[turn.stage]);
 #pragma unroll
         for (int i = 0; i < STEPS_AT_ONCE; ++i) {
@@ -226,6 +259,7 @@ DEVICE void sum_tiles(Sums& sums, Turn& turn, Shared& shared, const float (&shif
     constexpr int STRIDE = Weighted<COUNT>::STEPS_AT_ONCE;
     int tiles = shared.part.tiles();
     Weighted<COUNT> weighted[2];
+    wait_phase(&shared.full[turn.stage], turn.parity);
     weighted[0].make(shared, turn, 0, shift, row, lane);
 #pragma unroll 1
     for (int tile = 0; tile < tiles;) {
@@ -236,11 +270,16 @@ DEVICE void sum_tiles(Sums& sums, Turn& turn, Shared& shared, const float (&shif
             bool last = step + STRIDE == STEPS;  // of the tile
             Weighted<COUNT>&now = weighted[n % 2], &next = weighted[(n + 1) % 2];
             Turn next_turn = last ? turn.following() : turn;
+            if (ROW_GROUPS > 1) wait_for_turn(thread_anew() / GROUP);
             now.start_products(sums, shared, turn, step);
-            if (!last || tile + 1 < tiles) next.make(shared, next_turn, (step + STRIDE) % STEPS, shift, row, lane);
+            if (ROW_GROUPS > 1) give_turn(1 - thread_anew() / GROUP);
+            if (!last || tile + 1 < tiles) {
+                if (last) wait_phase(&shared.full[next_turn.stage], next_turn.parity);
+                next.make(shared, next_turn, (step + STRIDE) % STEPS, shift, row, lane);
+            }
             now.end_products();
             if (last) {
-                arrive_as_warp(&shared.empty[turn.stage], lane);
+                arrive(&shared.empty[turn.stage]);
                 turn = next_turn;
                 if (++tile >= tiles) break;
             }
@@ -268,37 +307,53 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
     for (int row = thread; row < STAGES * BLOCK_K; row += THREADS) {
         for (uint32_t& columns : shared.narrow[row / BLOCK_K].rows[row % BLOCK_K]) columns = 0;
     }
-    if (thread == 0) {
-        shared.part = Part(g, blockIdx.x);
+    if (thread == 0) shared.part = Part(g, blockIdx.x);
+    if (thread == THREADS - 1) {
         init_barrier(&shared.met, THREADS);
         for (int stage = 0; stage < STAGES; ++stage) {
-            init_barrier(&shared.full[stage], 4);
-            init_barrier(&shared.empty[stage], ROW_WARPS);
+            init_barrier(&shared.full[stage], PAIR);
+            init_barrier(&shared.empty[stage], 32 * ROW_WARPS);
         }
     }
+    let_next_kernel_start();
     sync_block();
     const Part& part = shared.part;
     if (part.empty()) {
         if (thread == 0) part.state[0] = -INFINITE, part.state[1] = 0;
         return;
     }
-    Copies copies(part, thread % GROUP);
-    if (warp >= ROW_WARPS) copies.begin(shared);
-    prepare<WARPS>(g, part, shared.stages[STAGES - 1], shared.scratch, thread);  // a stage that nobody copies to yet
+    Copies copies(part, thread % PAIR, thread / PAIR % 2);
+    if (warp >= ROW_WARPS) {
+        copies.begin_first(shared);
+    } else {
+        uint8_t* key_tile = shared.stages[STAGES - 1];  // which nobody copies to yet
+        prepare<ROW_WARPS>(g, part, key_tile, shared.scratch, thread, sync_some<ROWS_BARRIER, 32 * ROW_WARPS>);
+    }
+    shared.meet(0);
     if (warp >= ROW_WARPS) {
         give_registers<COPY_REGISTERS>();
-        Turn turn;
+        Turn turn{copies.first, 0};
         for (bool again = true; again;) {
+            copies.begin_others(shared);
             Weights weights(shared.scratch);
             weigh(copies, turn, weights, shared);
-            again = finish<WARPS>(weights, shared);
-            if (again) copies.begin(shared);
+            copies.end();
+            leave(shared.scratch, weights, copy_warp(), thread_anew() % 32);
+            shared.meet(1);
+            again = too_low<COPY_WARPS>(shared.scratch, weights.reference);
+            if (thread_anew() == THREADS - 1) conclude<COPY_WARPS>(shared.scratch, shared.part, weights.reference);
+            if (again) {
+                shared.meet(0);
+                copies.begin_first(shared);
+            }
         }
     } else {
         take_registers<ROW_REGISTERS>();
         int row = 16 * warp;
         float shift[2] = {shared.scratch.shift[row + lane / 4], shared.scratch.shift[row + lane / 4 + 8]};
         Turn turn;
+        // The first group begins; what the last one gives it after the last tile is there for another pass.
+        if (ROW_GROUPS > 1 && warp >= 4) give_turn(0);
         for (bool again = true; again;) {
             Sums sums = {};
             if (part.in_two_terms()) {
@@ -307,7 +362,10 @@ KERNEL(THREADS, BLOCKS) gram_pass(PARAMETER GramArguments g) {
                 sum_tiles<1>(sums, turn, shared, shift, row, lane);
             }
             store_sums(sums, part.state);
-            again = finish<WARPS>(Weights(shared.scratch), shared);
+            float reference = shared.scratch.reference;
+            shared.meet(1);
+            again = too_low<COPY_WARPS>(shared.scratch, reference);
+            if (again) shared.meet(0);
         }
     }
 }

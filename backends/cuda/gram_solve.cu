@@ -5,6 +5,7 @@
 // residual then still is over the tolerance goes back to conjugate gradients.
 #include <dense_system.cuh>
 #include <gram_arguments.cuh>
+#include <ptx_dependent.cuh>
 
 constexpr int ROUNDS = 3;  // of conjugate gradients, each from a residual computed anew
 
@@ -12,6 +13,9 @@ struct Shared {
     SystemShared system;
     float row_mean[BLOCK_D], key_mean[BLOCK_D], value_mean[BLOCK_DV];
     float partial[SOLVE_WARPS][BLOCK_DV];
+#if VALUES_AHEAD
+    alignas(16) float values[BLOCK_D * BLOCK_DV];  // fetched during the solve, where there is room
+#endif
 };
 
 struct Solution {
@@ -56,55 +60,90 @@ DEVICE void conjugate_gradients(System& system, Solution& s, const Vector& right
     }
 }
 
-// Mean, covariances' corrections and the matrix, from the sums of the query's only part; zeros if it has no keys.
-DEVICE void load_moments(Shared& shared, const GramArguments& g, const QueryIndex& at, const float* state, int thread) {
+// The thread's elements of q, as the Vector of a system: no other kernel of this call writes it.
+DEVICE Vector load_query(const GramArguments& g, const QueryIndex& at, int lane) {
+    const uint16_t* q = g.q + at.batch * g.q_strides[0] + at.head * g.q_strides[1] + at.row * g.q_strides[2];
+    Vector query;
+#pragma unroll
+    for (int c = 0; c < LANES; ++c) query.x[c] = lane + 32 * c < HEAD_DIM ? low_half(q[lane + 32 * c]) : 0;
+    return query;
+}
+
+// Means and the system's matrix, from the sums of the query's only part; zeros if it has no keys: what it left is read then
+// too, so that no load waits for another, and does not count. Copies of the sums of values follow, see VALUES_AHEAD.
+DEVICE void load_moments(Shared& shared, System& system, const GramArguments& g, const QueryIndex& at,
+                         const float* state, int thread) {
+    static_assert(BLOCK_D <= SOLVE_THREADS && BLOCK_DV <= SOLVE_THREADS);
+    const System::Own& own = system.own;
     float omega = state[1];
-    bool there = omega > 0;
-    float inverse = there ? 1.0f / omega : 0;
-    for (int d = thread; d < BLOCK_D; d += SOLVE_THREADS) {
-        float mean = there ? state[KEY_SUM_AT + d] * inverse : 0;
-        shared.row_mean[d] = mean;
-        shared.key_mean[d] = there ? state[SHIFT_AT + d] + mean : 0;
+    bool is_key = thread < BLOCK_D, is_value = thread < BLOCK_DV;
+    float key_sum = is_key ? state[KEY_SUM_AT + thread] : 0, shift = is_key ? state[SHIFT_AT + thread] : 0;
+    float value_sum = is_value ? state[VALUE_SUM_AT + thread] : 0;
+    float4 sums[System::Own::COUNT];
+#pragma unroll
+    for (int n = 0; n < own.COUNT; ++n) {
+        sums[n] = own.has(n) ? *reinterpret_cast<const float4*>(state + KEYS_AT + own.at(n)) : float4{};
     }
-    for (int d = thread; d < BLOCK_DV; d += SOLVE_THREADS) {
-        shared.value_mean[d] = there ? state[VALUE_SUM_AT + d] * inverse : 0;
-    }
-    sync_block();
     float ridge = g.ridge;
     if (g.ridge_pointer) {
         const int64_t(&strides)[3] = g.ridge_strides;
         ridge = g.ridge_pointer[at.batch * strides[0] + at.head * strides[1] + at.row * strides[2]];
     }
-    constexpr int QUADS = BLOCK_D / 4;
-    const float4* sums = reinterpret_cast<const float4*>(state + KEYS_AT);
-#pragma unroll 16
-    for (int n = thread; n < BLOCK_D * QUADS; n += SOLVE_THREADS) {
-        int j = n / QUADS, i = n % QUADS * 4;
-        float4 sum = there ? sums[n] : float4{};
-        float mean = shared.row_mean[j];
-        float c[4] = {sum.x, sum.y, sum.z, sum.w};
-#pragma unroll
-        for (int m = 0; m < 4; ++m) c[m] = c[m] * inverse - mean * shared.key_mean[i + m] + (i + m == j ? ridge : 0);
-        float2* to = reinterpret_cast<float2*>(shared.system.matrix + j * PITCH + i);
-        to[0] = {c[0], c[1]}, to[1] = {c[2], c[3]};
+    bool there = omega > 0;
+    float inverse = there ? 1.0f / omega : 0;
+    if (is_key) {
+        float mean = there ? key_sum * inverse : 0;
+        shared.row_mean[thread] = mean;
+        shared.key_mean[thread] = there ? shift + mean : 0;
     }
+    if (is_value) shared.value_mean[thread] = there ? value_sum * inverse : 0;
     sync_block();
+    float key_mean[4];
+#pragma unroll
+    for (int m = 0; m < 4; ++m) key_mean[m] = shared.key_mean[own.column + m];
+#pragma unroll
+    for (int n = 0; n < own.COUNT; ++n) {
+        if (!own.has(n)) break;
+        int row = own.row_of(n);
+        float mean = shared.row_mean[row], sum[4] = {sums[n].x, sums[n].y, sums[n].z, sums[n].w};
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            float moment = (there ? sum[m] : 0) * inverse - mean * key_mean[m];
+            system.fours[n][m] = moment + (own.column + m == row ? ridge : 0);
+        }
+    }
+#if VALUES_AHEAD
+    OwnFours<BLOCK_DV> values(thread);
+#pragma unroll
+    for (int n = 0; n < values.COUNT; ++n) {
+        if (values.has(n)) copy_16_async(shared_address(shared.values + values.at(n)), state + VALUES_AT + values.at(n));
+    }
+    commit_copies();
+#endif
 }
 
 // vbar - G^T u, rounded.
 DEVICE void store_output(Shared& shared, const GramArguments& g, const QueryIndex& at, const float* state,
                          const float* u, int thread) {
-    constexpr int QUADS = BLOCK_DV / 4;
     bool there = state[1] > 0;
     float inverse = there ? 1.0f / state[1] : 0;
-    const float4* sums = reinterpret_cast<const float4*>(state + VALUES_AT);
-    int column = thread % QUADS * 4;
+#if VALUES_AHEAD
+    wait_copies<0>();  // of what this thread has
+    const float* sums = shared.values;
+#else
+    const float* sums = state + VALUES_AT;
+#endif
+    OwnFours<BLOCK_DV> fours(thread);
+    constexpr int QUADS = fours.QUADS;
+    int column = fours.column;
     float total[4] = {};
     if (there) {
 #pragma unroll 16
-        for (int d = thread / QUADS; d < BLOCK_D; d += SOLVE_THREADS / QUADS) {
-            float4 sum = sums[d * QUADS + thread % QUADS];
-            float mean = shared.row_mean[d], x = u[d], c[4] = {sum.x, sum.y, sum.z, sum.w};
+        for (int i = 0; i < fours.COUNT; ++i) {
+            if (!fours.has(i)) break;
+            int row = fours.row_of(i);
+            float4 sum = *reinterpret_cast<const float4*>(sums + fours.at(i));
+            float mean = shared.row_mean[row], x = u[row], c[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
             for (int m = 0; m < 4; ++m) total[m] += (c[m] * inverse - mean * shared.value_mean[column + m]) * x;
         }
@@ -129,25 +168,20 @@ KERNEL(SOLVE_THREADS, SOLVE_BLOCKS) gram_solve(PARAMETER GramArguments g) {
     int thread = threadIdx.x;
     QueryIndex at = query_index(g, blockIdx.x);
     const float* state = g.merged + int64_t(blockIdx.x) * PART;
-    load_moments(shared, g, at, state, thread);
-
+    Vector query = load_query(g, at, thread % 32);
+    wait_for_kernel_in_front();
     System system(shared.system, thread);
-    system.load();
+    load_moments(shared, system, g, at, state, thread);
     bool there = state[1] > 0;
-    const uint16_t* q = g.q + at.batch * g.q_strides[0] + at.head * g.q_strides[1] + at.row * g.q_strides[2];
     Vector right = system.vector(shared.key_mean);
 #pragma unroll
-    for (int c = 0; c < LANES; ++c) {
-        int d = system.lane + 32 * c;
-        right.x[c] = there && d < HEAD_DIM ? right.x[c] - low_half(q[d]) : 0;
-    }
+    for (int c = 0; c < LANES; ++c) right.x[c] = there ? right.x[c] - query.x[c] : 0;
     float norm2 = dot(right, right), enough = g.cg_tol * g.cg_tol * norm2;
     Solution s = {{}, right, norm2};
     int iterations = 0;
     conjugate_gradients(system, s, right, enough, min(g.cg_max_iters, DIRECT_AFTER), iterations);
     if (s.rho > enough && g.cg_max_iters > DIRECT_AFTER) {
         Vector u = system.eliminate(right);
-        system.load();
         Solution direct = checked(system, right, u);
         if (direct.rho < s.rho) s = direct;
         ++iterations;

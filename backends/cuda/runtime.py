@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 from lla_compile.backends import CompileError
 from lla_compile.backends.cuda import compiler
+from lla_compile.backends.cuda.dependent_launch import DependentLaunch
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,10 @@ def load(kernel: Kernel, defines: Mapping[str, str], compute_capability: str) ->
         driver.funcSetAttribute(function.ptr, _SHARED_CARVEOUT, _ALL_SHARED)
     except driver.CUDADriverError as error:
         raise CompileError(f"the driver refuses {kernel.name}: {error}") from error
+
+    if kernel.overlaps:
+        dependent = DependentLaunch(function.ptr, kernel.name, kernel.grid, kernel.threads, kernel.shared)
+        return lambda stream, parameters, *, handle=function: dependent(stream, parameters)
 
     # CuPy's own launch would take tens of microseconds to look at the arguments. The function keeps its module alive.
     def start(stream: int, parameters: int, *, handle=function) -> None:

@@ -17,7 +17,7 @@ constexpr float INFINITE = __builtin_huge_valf();
 struct float2 {
     float x, y;
 };
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
 };
 

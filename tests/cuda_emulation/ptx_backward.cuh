@@ -1,18 +1,8 @@
 // Stands in for backends/cuda/include/ptx_backward.cuh, see ptx.cuh in this folder.
 #pragma once
-#include <ptx_sm90.cuh>
+#include <ptx_turns.cuh>
 
 inline uint32_t pack_finite(float low, float high) { return pack(low, high); }
-
-constexpr int FIRST_TURN_BARRIER = 4;
-
-inline void wait_for_turn(int group) { barrier(group + FIRST_TURN_BARRIER, 256); }
-inline void give_turn(int group) {
-    Barrier& turn = block.barriers[group + FIRST_TURN_BARRIER];
-    ++block.events;
-    require(turn.arrived < 256, "a turn given twice");
-    if (++turn.arrived == 256) turn.arrived = 0, ++turn.turn;
-}
 
 template <int COUNT>
 void need_here(const uint32_t (&)[COUNT][4], int) {}

@@ -35,7 +35,8 @@ DECODE_CASES = [
     dict(page_size=5, capacity=75, lengths=[75, 11, 64]),
     dict(page_size=16, capacity=80, lengths=None, queries=2),
     dict(capacity=77, lengths=[77, 1, 33], head_dim_v=24),
-    dict(capacity=140, lengths=[140, 1, 33], head_dim=72, head_dim_v=72),
+    dict(capacity=700, lengths=[700, 1, 133], head_dim=72, head_dim_v=72),  # stages are used again
+    dict(page_size=16, capacity=640, lengths=None),
 ]
 PARALLAX_DECODE_CASES = [
     dict(capacity=77, lengths=(77, 1, 0)),

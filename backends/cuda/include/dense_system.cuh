@@ -2,12 +2,26 @@
 #pragma once
 #include <ptx.cuh>
 
-constexpr int GRID = 16;              // threads along each side of the matrix
-constexpr int SIDE = BLOCK_D / GRID;  // rows and columns of a thread, GRID apart
-constexpr int SOLVE_THREADS = GRID * GRID;
+constexpr int SOLVE_THREADS = 256;
 constexpr int SOLVE_WARPS = SOLVE_THREADS / 32;
-constexpr int PITCH = BLOCK_D + 2;  // of the matrix in shared memory: a warp reads 16 of its rows without conflicts
+constexpr int GRID = 16;              // threads along each side of the matrix while it is eliminated
+constexpr int SIDE = BLOCK_D / GRID;  // rows and columns of a thread, GRID apart
+constexpr int PITCH = BLOCK_D + 2;    // of the matrix in shared memory: a warp reads 16 of its rows without conflicts
 constexpr int LANES = (BLOCK_D + 31) / 32;
+
+// What a thread has of a matrix in rows of WIDTH: four columns of every ROWS_APART-th row.
+template <int WIDTH>
+struct OwnFours {
+    static constexpr int QUADS = WIDTH / 4, ROWS_APART = SOLVE_THREADS / QUADS;
+    static constexpr int COUNT = (BLOCK_D + ROWS_APART - 1) / ROWS_APART;
+    int row, column;
+
+    DEVICE explicit OwnFours(int thread) : row(thread / QUADS), column(thread % QUADS * 4) {}
+
+    DEVICE bool has(int i) const { return BLOCK_D % ROWS_APART == 0 || row + i * ROWS_APART < BLOCK_D; }
+    DEVICE int row_of(int i) const { return row + i * ROWS_APART; }
+    DEVICE int at(int i) const { return row_of(i) * WIDTH + column; }
+};
 
 // A vector as every warp holds it: elements lane, lane + 32, ..., zero beyond BLOCK_D.
 struct Vector {
@@ -16,7 +30,7 @@ struct Vector {
 
 struct SystemShared {
     float matrix[BLOCK_D * PITCH];  // transposed: the matrix element (i, j) lies at j * PITCH + i
-    float image[2][BLOCK_D];
+    float image[2][SOLVE_WARPS][BLOCK_D];  // shares of each warp
     float operand[SOLVE_WARPS][BLOCK_D];
     float pivot_row[2][BLOCK_D + 1];  // and the right side's element
     float pivot_column[2][BLOCK_D];
@@ -31,26 +45,18 @@ DEVICE float dot(const Vector& a, const Vector& b) {
     return sum;
 }
 
-// All warps hold the same vectors and take the same decisions; the matrix is spread over the threads.
+// All warps hold the same vectors and take the same decisions; the matrix is spread over the threads, transposed and as
+// sums in memory are, so that they become it without a detour: fours[n][m] is the element (column + m, row_of(n)).
 struct System {
+    using Own = OwnFours<BLOCK_D>;
     SystemShared& shared;
-    int thread, lane, row, column;  // row and column of the thread in the grid
+    int thread, lane;
     int turn = 0;
-    float matrix[SIDE][SIDE];  // elements (row + GRID a, column + GRID b)
+    Own own;
+    float fours[Own::COUNT][4];
 
     DEVICE System(SystemShared& shared_, int thread_)
-        : shared(shared_), thread(thread_), lane(thread_ % 32), row(thread_ / GRID), column(thread_ % GRID) {}
-
-    // The matrix anew from shared memory, which must be complete.
-    DEVICE void load() {
-#pragma unroll
-        for (int b = 0; b < SIDE; ++b) {
-#pragma unroll
-            for (int a = 0; a < SIDE; ++a) {
-                matrix[a][b] = shared.matrix[(column + GRID * b) * PITCH + row + GRID * a];
-            }
-        }
-    }
+        : shared(shared_), thread(thread_), lane(thread_ % 32), own(thread_) {}
 
     DEVICE Vector vector(const float* from) const {
         Vector v;
@@ -74,39 +80,66 @@ struct System {
     // A v.
     DEVICE Vector times(const Vector& v) {
         const float* operand = spread(v);
-        float partial[SIDE] = {};
+        float partial[4] = {};
 #pragma unroll
-        for (int b = 0; b < SIDE; ++b) {
-            float x = operand[column + GRID * b];
+        for (int n = 0; n < Own::COUNT; ++n) {
+            if (!own.has(n)) break;
+            float x = operand[own.row_of(n)];
 #pragma unroll
-            for (int a = 0; a < SIDE; ++a) partial[a] += matrix[a][b] * x;
+            for (int m = 0; m < 4; ++m) partial[m] += fours[n][m] * x;
         }
-        // Over the 16 threads of a row of the grid: each step halves the rows that a thread still sums, then there is
-        // one.
-        int mask = GRID / 2, mine = 0;
-#pragma unroll
-        for (int half = SIDE / 2; half; half /= 2, mask /= 2) {
-            bool upper = column & mask;
-            mine = 2 * mine + upper;
-#pragma unroll
-            for (int a = 0; a < half; ++a) {
-                float kept = upper ? partial[a + half] : partial[a];
-                float sent = upper ? partial[a] : partial[a + half];
-                partial[a] = kept + from_lane_xor(sent, mask);
-            }
-        }
-        int writers = 2 * mask - 1;
-#pragma unroll
-        for (; mask; mask /= 2) partial[0] += from_lane_xor(partial[0], mask);
         turn ^= 1;
-        if ((column & writers) == 0) shared.image[turn][row + GRID * mine] = partial[0];
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+#pragma unroll
+            for (int mask = Own::QUADS; mask < 32; mask *= 2) partial[m] += from_lane_xor(partial[m], mask);
+        }
+        if (lane < Own::QUADS) {
+            float4* to = reinterpret_cast<float4*>(shared.image[turn][thread / 32] + own.column);
+            *to = {partial[0], partial[1], partial[2], partial[3]};
+        }
         sync_block();
-        return vector(shared.image[turn]);
+        Vector image = {};
+#pragma unroll
+        for (int warp = 0; warp < SOLVE_WARPS; ++warp) {
+            Vector share = vector(shared.image[turn][warp]);
+#pragma unroll
+            for (int c = 0; c < LANES; ++c) image.x[c] += share.x[c];
+        }
+        return image;
     }
 
     // Solves by Gauss-Jordan elimination without a search for pivots: the matrix is positive definite but for rounding,
-    // and the caller looks at the residual. Destroys the matrix in registers.
+    // and the caller looks at the residual. Threads have other elements for that, so that all have as many left: of the
+    // rows and columns that are GRID apart.
     DEVICE Vector eliminate(const Vector& right) {
+        float* shared_fours = shared.matrix + own.row * PITCH + own.column;
+#pragma unroll
+        for (int n = 0; n < Own::COUNT; ++n) {
+            if (!own.has(n)) break;
+            float2* to = reinterpret_cast<float2*>(shared_fours + n * Own::ROWS_APART * PITCH);
+            to[0] = {fours[n][0], fours[n][1]}, to[1] = {fours[n][2], fours[n][3]};
+        }
+        sync_block();
+        Vector solution = eliminate_shared(right);
+#pragma unroll
+        for (int n = 0; n < Own::COUNT; ++n) {
+            if (!own.has(n)) break;
+            const float2* from = reinterpret_cast<const float2*>(shared_fours + n * Own::ROWS_APART * PITCH);
+            fours[n][0] = from[0].x, fours[n][1] = from[0].y, fours[n][2] = from[1].x, fours[n][3] = from[1].y;
+        }
+        return solution;
+    }
+
+  private:
+    DEVICE Vector eliminate_shared(const Vector& right) {
+        int row = thread / GRID, column = thread % GRID;
+        float matrix[SIDE][SIDE];  // elements (row + GRID a, column + GRID b)
+#pragma unroll
+        for (int b = 0; b < SIDE; ++b) {
+#pragma unroll
+            for (int a = 0; a < SIDE; ++a) matrix[a][b] = shared.matrix[(column + GRID * b) * PITCH + row + GRID * a];
+        }
         const float* spread_right = spread(right);
         float side[SIDE];
 #pragma unroll
@@ -140,9 +173,9 @@ struct System {
         turn ^= 1;
 #pragma unroll
         for (int a = 0; a < SIDE; ++a) {
-            if (row == column) shared.image[turn][row + GRID * a] = side[a] / matrix[a][a];
+            if (row == column) shared.image[turn][0][row + GRID * a] = side[a] / matrix[a][a];
         }
         sync_block();
-        return vector(shared.image[turn]);
+        return vector(shared.image[turn][0]);
     }
 };

@@ -16,14 +16,16 @@ struct Part {
     const int32_t* table;  // of pages
 
     DEVICE Part(const GramArguments& g, int index) {
-        int mates = g.group_size * g.seqlen_q;
-        int mate = index % mates;
-        int split = index / mates % g.num_splits;
-        int kv = index / mates / g.num_splits;
-        int kv_head = kv % g.num_kv_heads;
+        int mates = g.group_size * g.seqlen_q, mate = 0, group = 0;
+        if (mates > 1) {
+            mate = index % mates, index /= mates;
+            group = mate / g.seqlen_q;
+        }
+        row = mate - group * g.seqlen_q;
+        int kv = index / g.num_splits, split = index - kv * g.num_splits;
         batch = kv / g.num_kv_heads;
-        head = kv_head * g.group_size + mate / g.seqlen_q;
-        row = mate % g.seqlen_q;
+        int kv_head = kv - int(batch) * g.num_kv_heads;
+        head = kv_head * g.group_size + group;
 
         int length = g.capacity;
         if (g.seqlens) length = min(max(g.seqlens[batch], 0), g.capacity);
@@ -142,20 +144,22 @@ DEVICE float largest_of_block(const Scratch& scratch) {
     return largest;
 }
 
-// Called by all threads before the first pass over the keys. The query's first tile gives the reference of its
-// weights, its largest score, and the mean that is taken off all keys before they are weighted, so that an offset
-// that keys share is not rounded. Fills `scratch`; `key_tile` is free again.
-template <int WARPS>
-DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread) {
+// Called by WARPS warps before the first pass over the keys. The query's first tile gives the reference of its weights,
+// its largest score, and the mean that is taken off all keys before they are weighted, so that an offset that keys share
+// is not rounded. `meet()` returns once all these threads have called it. Fills `scratch`; what the first thread writes is
+// there for the others when they have met once more, as is `key_tile` for other uses.
+template <int WARPS, class Meet>
+DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread,
+                    Meet meet) {
     constexpr int THREADS = 32 * WARPS;
     uint32_t tile = shared_address(key_tile);
     copy_keys<THREADS>(tile, part.keys, {part.first_tile, part.first_seen, part.seen_stop, part.table}, thread);
     commit_copies();
     load_query(scratch.query, g, part, thread, THREADS);
-    wait_copies<0>();
-    sync_block();
-    int tile_stop = min(part.first_tile + BLOCK_K, part.seen_stop);
     float factor = (g.scale_pointer ? *g.scale_pointer : g.scale) * LOG2_E;
+    wait_copies<0>();
+    meet();
+    int tile_stop = min(part.first_tile + BLOCK_K, part.seen_stop);
     float largest = -INFINITE;
     for (int first = thread / 32 * 16; first < BLOCK_K; first += 16 * WARPS) {
         float dots[2];
@@ -166,9 +170,10 @@ DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile,
             if (key >= part.first_seen && key < tile_stop) largest = fmaxf(largest, dots[i] * factor);
         }
     }
-    for (int d = thread; d < BLOCK_D; d += THREADS) {
+    // The last threads first: the first warps have the products.
+    for (int d = THREADS - 1 - thread; d < BLOCK_D; d += THREADS) {
         float sum = 0;
-#pragma unroll 8
+#pragma unroll 16
         for (int key = 0; key < BLOCK_K; ++key) {
             const uint8_t* chunk = key_tile + KeyTile::offset(key, d / CHUNK);
             sum += low_half(reinterpret_cast<const uint16_t*>(chunk)[d % CHUNK]);
@@ -179,32 +184,28 @@ DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile,
     }
     largest = warp_max(largest);
     if (thread % 32 == 0) scratch.largest[thread / 32] = largest;
-    sync_block();
+    meet();
     if (thread == 0) scratch.factor = factor, scratch.reference = largest_of_block<WARPS>(scratch);
-    sync_block();
 }
 
-// Called by all threads after a pass over the keys: leaves the sum of the weights. Whether the reference was too low and
-// another pass, with a higher one, has to be made. `shared.meet(parity)` returns once all threads have called it; they meet
-// twice before another pass, so that parities alternate.
-template <int WARPS, class Shared>
-DEVICE bool finish(const Weights& weights, Shared& shared) {
-    Scratch& scratch = shared.scratch;
-    int thread = thread_anew();
-    float reference = scratch.reference, own_largest = warp_max(weights.largest), own_sum = warp_sum(weights.sum);
-    if (thread % 32 == 0) scratch.largest[thread / 32] = own_largest, scratch.sums[thread / 32] = own_sum;
-    shared.meet(0);
-    float largest = largest_of_block<WARPS>(scratch);
-    bool again = largest > reference + HEADROOM;
-    if (thread == 0) {
-        float omega = 0;
-        for (int warp = 0; warp < WARPS; ++warp) omega += scratch.sums[warp];
-        shared.part.state[0] = reference;
-        shared.part.state[1] = omega;
-        if (again) scratch.reference = largest;
-    }
-    if (again) shared.meet(1);
-    return again;
+// After a pass over the keys, in three steps between which threads meet. The warps that weigh leave what they know;
+DEVICE void leave(Scratch& scratch, const Weights& weights, int warp, int lane) {
+    float largest = warp_max(weights.largest), sum = warp_sum(weights.sum);
+    if (lane == 0) scratch.largest[warp] = largest, scratch.sums[warp] = sum;
+}
+// then all threads know the largest score, and whether the reference was too low: another pass has to be made;
+template <int WARPS>
+DEVICE bool too_low(const Scratch& scratch, float reference) {
+    return largest_of_block<WARPS>(scratch) > reference + HEADROOM;
+}
+// and one thread stores the sum of the weights, or gives the next pass its reference. They meet once more before that.
+template <int WARPS>
+DEVICE void conclude(Scratch& scratch, const Part& part, float reference) {
+    float omega = 0;
+    for (int warp = 0; warp < WARPS; ++warp) omega += scratch.sums[warp];
+    part.state[0] = reference;
+    part.state[1] = omega;
+    if (too_low<WARPS>(scratch, reference)) scratch.reference = largest_of_block<WARPS>(scratch);
 }
 
 // Where a lane points load_matrices_transposed for 16 keys x 16 columns of a tile as a left operand of 16 rows.
@@ -235,13 +236,21 @@ DEVICE void weigh_keys(uint32_t (&terms)[COUNT][4], uint32_t address, const Four
     }
 }
 
-// The thread's share of sixteen rows of sums, row and row + 8, to a matrix of WIDTH columns.
+// The thread's share of sixteen rows of sums, row and row + 8, to a matrix of WIDTH columns. Of two neighbouring tiles of
+// eight a thread has two columns each, and two threads swap, so that each stores four columns of one.
 template <int WIDTH, int TILES>
 DEVICE void store_rows(float* matrix, const float (&sums)[TILES][4], int row, int lane) {
+    bool odd = lane % 2;
 #pragma unroll
-    for (int n = 0; n < WIDTH / 8; ++n) {
-        float* to = matrix + row * WIDTH + 8 * n + 2 * (lane % 4);
-        *reinterpret_cast<float2*>(to) = {sums[n][0], sums[n][1]};
-        *reinterpret_cast<float2*>(to + 8 * WIDTH) = {sums[n][2], sums[n][3]};
+    for (int n = 0; n < WIDTH / 8; n += 2) {
+        float* to = matrix + row * WIDTH + 8 * (n + odd) + 2 * (lane % 4 - odd);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float2 first = {sums[n][2 * half], sums[n][2 * half + 1]};
+            float2 second = {sums[n + 1][2 * half], sums[n + 1][2 * half + 1]};
+            float2 other = {from_lane_xor(odd ? first.x : second.x, 1), from_lane_xor(odd ? first.y : second.y, 1)};
+            float4 four = odd ? float4{other.x, other.y, second.x, second.y} : float4{first.x, first.y, other.x, other.y};
+            *reinterpret_cast<float4*>(to + 8 * half * WIDTH) = four;
+        }
     }
 }

@@ -37,7 +37,6 @@ DEVICE int key_of_lane(int lane) { return 8 * (lane / 4 % 2) + 4 * (lane / 2 % 2
 
 // What a lane reads of the sixteen keys from `first` on. Rows that are eight apart are permuted alike.
 struct KeyShare {
-    using Pair = uint32_t[2][QueryChunks::COUNT][CHUNK / 2];  // of two of the lane's four keys
     QueryChunks query;
     uint32_t offsets[2];
 
@@ -46,16 +45,19 @@ struct KeyShare {
         for (int i = 0; i < 2; ++i) offsets[i] = KeyTile::offset(first + 4 * i + lane / 8, lane % 8);
     }
 
-    template <int NUMBER>
-    DEVICE void fetch(Pair& keys, uint32_t key_tile) const {
+    // The lane's share of the products with its four keys.
+    DEVICE void multiply(float (&dots)[4], uint32_t key_tile) const {
+        uint32_t keys[4][QueryChunks::COUNT][CHUNK / 2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int i = 0; i < 4; ++i) {
 #pragma unroll
             for (int panel = 0; panel < QueryChunks::COUNT; ++panel) {
-                load_shared_16(keys[i][panel], key_tile + offsets[i] + NUMBER * 8 * ROW_BYTES<KeyTile> +
+                load_shared_16(keys[i][panel], key_tile + offsets[i % 2] + i / 2 * 8 * ROW_BYTES<KeyTile> +
                                                    panel * KeyTile::PANEL_BYTES);
             }
         }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) dots[i] = query.times(keys[i]);
     }
 
     // Of the lane's share of four keys: the product with the key that it ends up with.

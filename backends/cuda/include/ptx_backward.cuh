@@ -1,6 +1,6 @@
 // The instructions of the backward pass alone, as ptx_sm90.cuh has the others.
 #pragma once
-#include <ptx_sm90.cuh>
+#include <ptx_turns.cuh>
 
 // Two numbers as one register of an operand, which saturate where float16 would overflow.
 DEVICE uint32_t pack_finite(float low, float high) {
@@ -11,18 +11,6 @@ DEVICE uint32_t pack_finite(float low, float high) {
     asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 #endif
-}
-
-// ---- groups of four warps take turns at the tensor cores ----
-
-constexpr int FIRST_TURN_BARRIER = 4;  // those before are the block's and the groups'
-
-// Wait until it is the turn of one of the groups, which count from 0.
-DEVICE void wait_for_turn(int group) {
-    asm volatile("bar.sync %0, 256;" ::"r"(group + FIRST_TURN_BARRIER) : "memory");
-}
-DEVICE void give_turn(int group) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(group + FIRST_TURN_BARRIER) : "memory");
 }
 
 // Compilers up to CUDA 13.0 at least forget, of left operands in registers, that the next round of a loop needs them, and
