@@ -83,15 +83,26 @@ def test_many_tiles_with_wgmma(wgmma, emulated, precision, backwards):
     assert_close(wgmma.decode(problem, precision=precision, num_splits=1), problem.reference(), limit)
 
 
-@pytest.mark.parametrize("head_dim", [16, 64])
-def test_another_pass_where_scores_grow(kernels, wgmma, head_dim):
+@ORDERS
+@pytest.mark.parametrize("head_dim, block_k, num_stages", [(128, 64, 6), (64, 128, 5)])
+def test_groups_and_pairs_of_warps_take_turns(wgmma, emulated, head_dim, block_k, num_stages, backwards):
+    """Two groups of rows, and two pairs of warps that weigh, by nine and by five tiles."""
+    emulated["backwards"] = backwards
+    problem = make_decode_problem(dtype=torch.float16, head_dim=head_dim, batch=1, heads=1, capacity=540, lengths=[540])
+    knobs = dict(block_k=block_k, num_stages=num_stages, num_splits=1)
+    assert_close(wgmma.decode(problem, precision="fast", **knobs), problem.reference(), LIMIT)
+
+
+@pytest.mark.parametrize("head_dim, capacity", [(16, 192), (64, 192), (64, 160), (128, 160)])
+def test_another_pass_where_scores_grow(kernels, wgmma, head_dim, capacity):
+    """By an even and by an odd number of tiles, after which the pairs of warps that weigh swap."""
     problem = make_decode_problem(
-        dtype=torch.float16, head_dim=head_dim, batch=1, heads=1, kv_heads=1, capacity=192, lengths=None
+        dtype=torch.float16, head_dim=head_dim, batch=1, heads=1, kv_heads=1, capacity=capacity, lengths=None
     )
-    steps = torch.linspace(0, 4, 192)[:, None].half()
+    steps = torch.linspace(0, 4, capacity)[:, None].half()
     problem.k[:] = problem.k.sign() * steps * problem.q.sign() * (16 / head_dim) ** 0.5
     problem.k_cache = problem.k
-    chosen = wgmma if head_dim == 64 else kernels
+    chosen = kernels if head_dim == 16 else wgmma
     assert_close(chosen.decode(problem, num_splits=1), problem.reference(), 3e-3)
 
 

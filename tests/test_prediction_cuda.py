@@ -162,6 +162,16 @@ def test_a_short_ring_waits_for_its_copies(stages, forward, decode):
     assert own.latencies == 0
 
 
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_warps_that_weigh_may_turn_once_in_two_tiles(pairs):
+    """Told by what one of the four copies in a turn: a quarter of a tile of 64 keys and values of 64, or half."""
+    passes = workload(decoding(4096, "fast"), DECODING).launches[0].passes
+    weighing = copying_loop(special=4, signals=2, copied_bytes=4096 * pairs)
+    (((_, copies), _),) = turns_of_passes(by_groups(rows_loop(waits=2), weighing), passes)
+    assert (copies.warps, copies.groups) == (4, pairs)
+    assert (copies.mix.issue, copies.mix.copied_bytes) == (weighing.issue / pairs, 4096)
+
+
 def test_cuda_launches_a_turn_of_both_loops_and_a_table():
     stats, *turns, output = workload(spec_of(precision="accurate"), replace(CUDA, schedule="split")).launches
     assert sum(x.count for x in turns) == 32 and {x.kernel for x in turns} == {1} and output.kernel == 2

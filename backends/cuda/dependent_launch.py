@@ -6,8 +6,6 @@ import ctypes
 from functools import lru_cache
 from typing import Callable
 
-from lla_compile.backends import CompileError
-
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
 _VALUE_BYTES = 64  # of CUlaunchAttributeValue, a union
 
@@ -34,7 +32,8 @@ def _launch() -> Callable:
 class DependentLaunch:
     """A function of a stream and of the address of a kernel's parameters, for one kernel and grid.
 
-    The kernel must wait for the one in front of it by itself, with ``griddepcontrol.wait``.
+    The kernel must wait for the one in front of it by itself, with ``griddepcontrol.wait``. The one in front lets it start
+    early with ``griddepcontrol.launch_dependents``.
     """
 
     def __init__(self, function: int, name: str, grid: tuple[int, int], threads: int, shared_bytes: int):
@@ -49,4 +48,4 @@ class DependentLaunch:
             config = self._configs[stream] = _Config(*self._sizes, stream, ctypes.pointer(self._attribute), 1)
         status = _launch()(config, self._function, parameters, None)
         if status:
-            raise CompileError(f"the driver refuses to launch {self._name}: error {status}")
+            raise RuntimeError(f"the driver refuses to launch {self._name}: cuLaunchKernelEx returned {status}")

@@ -6,7 +6,7 @@ The pass over the keys exists twice: for the matrix instructions of one warp (mm
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Mapping
 
 from lla_compile.backends.gram_limits import MAX_SPLITS
@@ -69,7 +69,7 @@ def uses_wgmma(spec: LLASpec, config: KernelConfig) -> bool:
 
 
 def group_warps(spec: LLASpec) -> int | None:
-    """A group for every 64 rows and one that copies; None where rows or columns are fewer, or too wide for registers."""
+    """A group for every 64 rows and one that copies; None where rows or columns are fewer, or too many for registers."""
     width, width_v = padded_width(spec.head_dim), padded_width(spec.head_dim_v)
     return 4 * (width // _GROUP_ROWS + 1) if width >= width_v >= _GROUP_ROWS else None
 
@@ -85,11 +85,12 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
     passed = {
         "BLOCK_K": config.block_k, "STAGES": config.num_stages, "PAGE_SIZE": spec.page_size or 0,
         "TERMS": split_terms(spec.dtype, spec.precision), "TWO_TERMS_UP_TO": TWO_TERMS_UP_TO,
-        "HEADROOM": f"{HEADROOM[spec.dtype]}f", "LEAVES_PARTS": int(config.num_splits > 1),
+        "HEADROOM": f"{HEADROOM[spec.dtype]}f",
     }  # fmt: skip
-    source, pass_shared = (
-        ("gram_pass_wgmma.cu", _wgmma_shared) if uses_wgmma(spec, config) else ("gram_pass_mma.cu", _mma_shared)
-    )
+    source, pass_shared = "gram_pass_mma.cu", _mma_shared
+    if uses_wgmma(spec, config):
+        source, pass_shared = "gram_pass_wgmma.cu", _wgmma_shared
+        passed["LEAVES_PARTS"] = int(config.num_splits > 1)
     launches = [
         Kernel(
             "gram_pass", source, (queries * config.num_splits, 1), 32 * config.num_warps,
@@ -99,18 +100,16 @@ def kernels(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> tuple[Ke
     overlaps = float(device.compute_capability) >= _OVERLAPS_FROM
     if config.num_splits > 1:
         grid = queries, -(-part_numel(spec) // (4 * _MERGE_THREADS))  # four numbers a thread
-        merged = Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common), overlaps=overlaps)
-        launches.append(merged)
+        merge = Kernel("gram_merge", "gram_merge.cu", grid, _MERGE_THREADS, 4 * MAX_SPLITS, _text(common))
+        launches.append(replace(merge, overlaps=overlaps))
     # Sums of values are fetched ahead where that costs no query its place on a multiprocessor.
     ahead = queries <= device.sms and _solve_shared(width, width_v, True) <= device.shared_memory_per_block
     shared = _solve_shared(width, width_v, ahead)
     several = float(device.compute_capability) <= _SOLVE_BLOCKS_UP_TO
     blocks = min(max(device.shared_memory_per_sm // shared, 1), _SOLVE_BLOCKS if several else 1)
-    constants = {"DIRECT_AFTER": DIRECT_AFTER, "SOLVE_BLOCKS": blocks, "VALUES_AHEAD": int(ahead)}
-    solved = _text(common | constants)
-    launches.append(
-        Kernel("gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, shared, solved, overlaps=overlaps)
-    )
+    solved = common | {"DIRECT_AFTER": DIRECT_AFTER, "SOLVE_BLOCKS": blocks, "VALUES_AHEAD": int(ahead)}
+    solve = Kernel("gram_solve", "gram_solve.cu", (queries, 1), _SOLVE_THREADS, shared, _text(solved))
+    launches.append(replace(solve, overlaps=overlaps))
     return tuple(launches)
 
 

@@ -34,14 +34,16 @@ struct Fours {
     }
 };
 
-// The parts' weights, by every warp for itself, two parts a lane at most; returns their reference and the sum of weights.
+// The parts' weights, which every warp computes for itself, two parts a lane at most. Returns the reference of all and
+// the sum of weights relative to it.
 DEVICE float2 weigh_parts(float* weights, const float* parts, int splits, int thread) {
     int lane = thread % 32;
     float own[2], omega[2], reference = -INFINITE, total = 0;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         int split = lane + 32 * i;
-        float2 head = split < splits ? *reinterpret_cast<const float2*>(parts + int64_t(split) * PART) : float2{-INFINITE, 0};
+        float2 head = split < splits ? *reinterpret_cast<const float2*>(parts + int64_t(split) * PART)
+                                     : float2{-INFINITE, 0};
         own[i] = head.x, omega[i] = head.y;
         reference = fmaxf(reference, own[i]);
     }

@@ -1,9 +1,9 @@
 // One pass over the keys of a part, with the matrix instructions of four warps (wgmma), for compute capability 9.0.
 //
-// One group of four warps copies tiles and weighs their keys, two warps a tile. Each of the others owns 64 rows of both sums, in registers:
-// it makes the weighted keys of its rows, in the layout of a left operand, and multiplies them with the tile in shared
-// memory, and 64 columns of the values with the weights. Products run on their own: meanwhile the weighted keys of the
-// next tile are made.
+// One group of four warps copies tiles and weighs their keys, two warps a tile. Each of the others owns 64 rows of both
+// sums, in registers: it makes the weighted keys of its rows, in the layout of a left operand, and multiplies them with
+// the tile in shared memory, and 64 columns of the values with the weights. A warp that starts products waits until the
+// tensor cores have taken them. So the groups take turns: while one's are taken, the other makes its next weighted keys.
 #include <gram_copy.cuh>
 #include <gram_part.cuh>
 #include <gram_shares.cuh>
@@ -32,8 +32,8 @@ constexpr int NARROW_ROW = 32;  // bytes, the least of an operand
 constexpr int VALUE_PANELS = BLOCK_DV / ValueTile::PANEL;
 static_assert(ValueTile::PANEL == 64, "a group's columns of the values");
 
-// The weights of a tile as the right operand of products that sum values: a row of each key, whose first two columns are
-// its weight and what rounding that lost.
+// The weights of a tile as the right operand of products that sum values: a row of each key, whose first two columns
+// are its weight and what rounding that lost.
 struct NarrowWeights {
     uint32_t rows[BLOCK_K][NARROW_ROW / 4];
 
@@ -54,8 +54,8 @@ struct Shared {
     int32_t pages[2][BLOCK_K];  // of the tile that each pair starts to copy
     Scratch scratch;
 
-    // All threads, which the warps that weigh do elsewhere in the code than those that own rows: the block's own barrier
-    // does not allow that. They meet before a pass (parity 0) and after it.
+    // All threads, before a pass (parity 0) and after it. The warps that weigh do it elsewhere in the code than those that
+    // own rows, which the block's own barrier does not allow.
     DEVICE void meet(int parity) {
         arrive(&met);
         wait_phase(&met, parity);
@@ -68,12 +68,12 @@ struct Shared {
 // computes.
 constexpr int PAIR = 64;
 constexpr int ROUND_KEYS = PAIR / 2, KEY_ROUNDS = BLOCK_K / ROUND_KEYS;  // sixteen keys a warp at once
-// A pair starts to copy the tile that many tiles ahead when it has weighed one. The stage is then the last but one before
-// the tile that it has weighed, at least: being multiplied, or free.
+// When a pair has weighed a tile it starts to copy the one that is so many tiles ahead. That has the stage of a tile two
+// before the weighed one, or earlier: the last products of it are under way, or nobody needs it any more.
 constexpr int LEAD = (STAGES - 2) / 2 * 2;
 static_assert(LEAD >= 2);
 
-// The number of the thread within the pair, and the pair's.
+// The numbers of the thread within its pair, of the pair, and of the warp in the group.
 DEVICE int pair_thread() { return thread_anew() % PAIR; }
 DEVICE int pair_number() { return thread_anew() / PAIR % 2; }
 DEVICE int copy_warp() { return thread_anew() / 32 % COPY_WARPS; }
@@ -113,7 +113,8 @@ struct Copies {
         Slots slots = shared.part.slots(tile);
         sync_pair();  // nobody reads the last tile's
         for (int row = pair_thread(); row < BLOCK_K; row += PAIR) {
-            shared.pages[pair_number()][row] = slots.seen(row) ? slots.table[(slots.first + row) / max(PAGE_SIZE, 1)] : 0;
+            int page = slots.seen(row) ? slots.table[(slots.first + row) / max(PAGE_SIZE, 1)] : 0;
+            shared.pages[pair_number()][row] = page;
         }
         sync_pair();
     }
@@ -140,8 +141,8 @@ struct Copies {
         commit_copies();
     }
 
-    // The pair's tiles of a pass over the keys up to the first that weighing starts. The very first one begins alone, since
-    // it would be the last to arrive beside others.
+    // The tiles of a pass over the keys that are on their way before the pair has weighed any. The first one begins alone,
+    // before the pass is prepared: beside others it would arrive no sooner than they do.
     DEVICE void begin_first(Shared& shared) { start(first, shared); }
     DEVICE void begin_others(Shared& shared) {
 #pragma unroll 1
@@ -197,8 +198,8 @@ struct Sums {
     float columns[1][4];  // of the values' columns of the group's number, see NarrowWeights
 };
 
-// Weighted keys that are multiplied at once, sixteen rows of them, in COUNT terms: of a tile, or in two terms of one step,
-// for which there are registers.
+// Weighted keys that are multiplied at once, sixteen rows of them, in COUNT terms: of a tile, or in two terms of one
+// step, for which there are registers.
 template <int COUNT>
 struct Weighted {
     static constexpr int STEPS_AT_ONCE = COUNT == 1 ? STEPS : 1;

@@ -69,8 +69,9 @@ DEVICE Vector load_query(const GramArguments& g, const QueryIndex& at, int lane)
     return query;
 }
 
-// Means and the system's matrix, from the sums of the query's only part; zeros if it has no keys: what it left is read then
-// too, so that no load waits for another, and does not count. Copies of the sums of values follow, see VALUES_AHEAD.
+// Means and the system's matrix, from the sums of the query's only part; zeros if it has no keys: what it left is read
+// then too, so that no load waits for another, and does not count. Copies of the sums of values follow, where there is
+// room for them.
 DEVICE void load_moments(Shared& shared, System& system, const GramArguments& g, const QueryIndex& at,
                          const float* state, int thread) {
     static_assert(BLOCK_D <= SOLVE_THREADS && BLOCK_DV <= SOLVE_THREADS);
@@ -116,7 +117,8 @@ DEVICE void load_moments(Shared& shared, System& system, const GramArguments& g,
     OwnFours<BLOCK_DV> values(thread);
 #pragma unroll
     for (int n = 0; n < values.COUNT; ++n) {
-        if (values.has(n)) copy_16_async(shared_address(shared.values + values.at(n)), state + VALUES_AT + values.at(n));
+        int at = values.at(n);
+        if (values.has(n)) copy_16_async(shared_address(shared.values + at), state + VALUES_AT + at);
     }
     commit_copies();
 #endif

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
-from typing import Mapping, Sequence
+from typing import Iterable, Mapping, Sequence
 
 from lla_compile.prediction.cubin import Cubin, Loop
 
@@ -141,10 +141,20 @@ class KernelFeatures:
 def _loops_by_hand(cubin: Cubin) -> tuple[LoopMix, ...]:
     """Ordinary turns of the innermost loops, and of what is around several that use tensor cores."""
     found = {loop.start: LoopMix.of(cubin.ordinary_turn(loop)) for loop in cubin.loops}
-    for loop, inner in cubin.enclosing.items():
+    around = sorted(cubin.enclosing.items(), key=lambda item: item[0].stop - item[0].start)
+    for loop, inner in around:
         if len(inner) > 1 and all(found[x.start].matrix for x in inner):
             found[loop.start] = LoopMix.of(loop, len(inner))
+    # Warps that weigh copy by themselves in an ordinary turn, and by loops inside where keys are masked.
+    for loop, inner in around:
+        if loop["MUFU"] and loop["LDGSTS"] and not loop["HGMMA"] and _only_copy(found[x.start] for x in inner):
+            found[loop.start] = LoopMix.of(cubin.ordinary_turn(loop))
+            break
     return tuple(mix for _, mix in sorted(found.items()))
+
+
+def _only_copy(mixes: Iterable[LoopMix]) -> bool:
+    return all(mix.copied_bytes and not (mix.matrix or mix.signals) for mix in mixes)
 
 
 def _matrix_flops(modified: Counter) -> tuple[int, bool]:

@@ -87,9 +87,12 @@ def _of_groups(kernel: KernelFeatures, passes: Sequence[Pass]) -> list[tuple[Tur
     multiplying = [loop for loop in kernel.loops if loop.grouped]
     copying = [loop for loop in kernel.loops if loop.signals and not loop.matrix]
     in_use = _IN_USE_BY_GROUPS
+    groups = 1.0
     if weighing := [loop for loop in copying if loop.special]:
-        # It signals that a tile is weighed, besides waiting for its stage.
-        copying = [replace(loop, signals=loop.signals - 1) for loop in weighing]
+        # Warps that weigh may have tiles of their own, and turn once in several tiles. Signals are of more than copies.
+        share = min(1.0, _tile_bytes(passes[0]) / (_GROUP * weighing[0].copied_bytes))
+        copying = [replace(LoopMix.sum_of((loop, share)), signals=1) for loop in weighing]
+        groups = 1 / share
         in_use = _IN_USE_WEIGHED
         chosen = multiplying[0 if len(passes) == 1 and passes[0].terms == 2 else -1 :][:1]
         multiplying = [LoopMix.sum_of((loop, 1 / max(loop.waits, 1))) for loop in chosen]
@@ -101,7 +104,7 @@ def _of_groups(kernel: KernelFeatures, passes: Sequence[Pass]) -> list[tuple[Tur
     for loop, stream, own in zip(multiplying, streams, passes):
         copies = copying[stream]
         rows = Part(loop, warps, warps / _GROUP, ahead=True)
-        turns.append((rows, Part(copies, _GROUP, latencies=_latencies(copies.signals, own, in_use))))
+        turns.append((rows, Part(copies, _GROUP, groups, latencies=_latencies(copies.signals, own, in_use))))
     return [(turn, turn) for turn in turns]
 
 
@@ -127,6 +130,11 @@ def _in_steps(kernel: KernelFeatures, passes: Sequence[Pass]) -> list[tuple[Turn
 def _latencies(tiles: int, own: Pass, in_use: int) -> float:
     """Of the copies of a turn; none where the stages are the compiler's."""
     return tiles / max(own.stages - in_use, 1) if own.stages else 0.0
+
+
+def _tile_bytes(own: Pass) -> float:
+    """Of the keys and values of a turn, in numbers of 16 bits."""
+    return 2.0 * own.streamed * own.columns
 
 
 def _unknown(kernel: KernelFeatures, loops: int, passes: Sequence[Pass]) -> Unpredictable:

@@ -3,7 +3,10 @@
 #include <ptx_streamed.cuh>
 #include <tile.cuh>
 
-// The L2 cache drops what is read first, where parts lie in it that the next call writes over. The first `bytes` of 16.
+// Where a pass leaves parts, the L2 cache is to drop keys and values first: they would drive out parts that the call
+// before left there, which this one writes over, and that would have to be written to memory.
+//
+// The first `bytes` of 16, the others are zero.
 DEVICE void copy_16_once(uint32_t to, const void* from, int bytes) {
     if (LEAVES_PARTS) {
         copy_16_streamed(to, from, bytes);
@@ -24,11 +27,11 @@ template <class T, int THREADS>
 struct StreamedCopy : TileCopy<T, THREADS> {
     using Base = TileCopy<T, THREADS>;
     using Base::chunk, Base::copies, Base::COUNT, Base::key, Base::PAGE, Base::ROWS;
-    static_assert(ROWS % 8 == 0 || (ROWS == 4 && T::PANEL_CHUNKS == 8), "how the chunks of a thread's rows are permuted");
+    static_assert(ROWS % 8 == 0 || (ROWS == 4 && T::PANEL_CHUNKS == 8), "how chunks of a thread's rows are permuted");
 
     DEVICE explicit StreamedCopy(int thread) : Base(thread) {}
 
-    // The thread's i-th row in shared memory. Four rows further the upper and the lower four chunks have changed places.
+    // The thread's i-th row in shared memory. Four rows further the upper and the lower four chunks change places.
     DEVICE uint32_t address(uint32_t tile, int i) const {
         uint32_t first = tile + T::offset(key, chunk);
         return (ROWS % 8 && i % 2 ? first ^ 64 : first) + i * ROWS * (T::PANEL * 2);

@@ -145,9 +145,9 @@ DEVICE float largest_of_block(const Scratch& scratch) {
 }
 
 // Called by WARPS warps before the first pass over the keys. The query's first tile gives the reference of its weights,
-// its largest score, and the mean that is taken off all keys before they are weighted, so that an offset that keys share
-// is not rounded. `meet()` returns once all these threads have called it. Fills `scratch`; what the first thread writes is
-// there for the others when they have met once more, as is `key_tile` for other uses.
+// its largest score, and the mean that is taken off all keys before they are weighted, so that an offset that keys
+// share is not rounded. `meet()` returns once all these threads have called it. Fills `scratch`, for all threads that
+// meet the first one afterwards; `key_tile` is free again then.
 template <int WARPS, class Meet>
 DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile, Scratch& scratch, int thread,
                     Meet meet) {
@@ -188,7 +188,7 @@ DEVICE void prepare(const GramArguments& g, const Part& part, uint8_t* key_tile,
     if (thread == 0) scratch.factor = factor, scratch.reference = largest_of_block<WARPS>(scratch);
 }
 
-// After a pass over the keys, in three steps between which threads meet. The warps that weigh leave what they know;
+// After a pass over the keys, three steps between which the threads meet. The warps that weigh leave what they know;
 DEVICE void leave(Scratch& scratch, const Weights& weights, int warp, int lane) {
     float largest = warp_max(weights.largest), sum = warp_sum(weights.sum);
     if (lane == 0) scratch.largest[warp] = largest, scratch.sums[warp] = sum;
@@ -198,7 +198,7 @@ template <int WARPS>
 DEVICE bool too_low(const Scratch& scratch, float reference) {
     return largest_of_block<WARPS>(scratch) > reference + HEADROOM;
 }
-// and one thread stores the sum of the weights, or gives the next pass its reference. They meet once more before that.
+// one thread stores the sum of the weights, and gives a next pass its reference, before which they meet once more.
 template <int WARPS>
 DEVICE void conclude(Scratch& scratch, const Part& part, float reference) {
     float omega = 0;
@@ -236,8 +236,8 @@ DEVICE void weigh_keys(uint32_t (&terms)[COUNT][4], uint32_t address, const Four
     }
 }
 
-// The thread's share of sixteen rows of sums, row and row + 8, to a matrix of WIDTH columns. Of two neighbouring tiles of
-// eight a thread has two columns each, and two threads swap, so that each stores four columns of one.
+// The thread's share of sixteen rows of sums, row and row + 8, to a matrix of WIDTH columns. Of two neighbouring tiles
+// of eight a thread has two columns each, and two threads swap, so that each stores four columns of one.
 template <int WIDTH, int TILES>
 DEVICE void store_rows(float* matrix, const float (&sums)[TILES][4], int row, int lane) {
     bool odd = lane % 2;
@@ -249,8 +249,8 @@ DEVICE void store_rows(float* matrix, const float (&sums)[TILES][4], int row, in
             float2 first = {sums[n][2 * half], sums[n][2 * half + 1]};
             float2 second = {sums[n + 1][2 * half], sums[n + 1][2 * half + 1]};
             float2 other = {from_lane_xor(odd ? first.x : second.x, 1), from_lane_xor(odd ? first.y : second.y, 1)};
-            float4 four = odd ? float4{other.x, other.y, second.x, second.y} : float4{first.x, first.y, other.x, other.y};
-            *reinterpret_cast<float4*>(to + 8 * half * WIDTH) = four;
+            *reinterpret_cast<float4*>(to + 8 * half * WIDTH) =
+                odd ? float4{other.x, other.y, second.x, second.y} : float4{first.x, first.y, other.x, other.y};
         }
     }
 }

@@ -1,4 +1,4 @@
-// Kernels that start while the one in front of them still runs, from compute capability 9.0 on: runtime.py launches them so.
+// Kernels that start while the one in front still runs, from compute capability 9.0 on; see dependent_launch.py.
 #pragma once
 #include <ptx.cuh>
 
