@@ -73,6 +73,17 @@ def test_built_kernels_need_no_compiler(tmp_path, monkeypatch, capsys):
     assert load_all() == compiled and compiler.unavailable() is None
 
 
+@pytest.mark.parametrize("sequences, num_splits", [(1, 1), (1, 16), (40, 3), (40, 1)])
+def test_a_plan_is_built_for_other_numbers_of_heads(tmp_path, monkeypatch, sequences, num_splits):
+    """Of eight heads: no compiler is needed for 320, nor for more or fewer parts."""
+    backends.get("cuda").build(SPEC, config(), H200, tmp_path)
+    remove_compiler(monkeypatch)
+    monkeypatch.setenv(compiler.BUILT_VARIABLE, str(tmp_path))
+    other = replace(SPEC, batch=sequences * SPEC.batch)
+    for kernel in gram_kernels.kernels(other, replace(config(), num_splits=num_splits), H200):
+        assert compiler.compile_kernel(kernel.source, kernel.defines | {"ALIGNED": "1"}, "9.0").startswith(b"\x7fELF")
+
+
 def test_other_sources_and_damaged_files_are_not_taken(tmp_path, monkeypatch):
     kernel = gram_kernels.kernels(SPEC, config(), H200)[-1]
     defines = kernel.defines | {"ALIGNED": "1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from typing import TYPE_CHECKING, Callable
 
 import torch
@@ -32,10 +33,20 @@ def precompile_gram(spec: LLASpec, config: KernelConfig, device: DeviceInfo) -> 
 
 
 def build_gram(spec: LLASpec, config: KernelConfig, device: DeviceInfo, folder: Path) -> list[Path]:
-    """Compile what any call needs into ``folder``; returns the files."""
+    """Compile what any call needs into ``folder``; returns the files.
+
+    A plan serves other numbers of heads and sequences, in as many parts as they need, and some constants depend on those.
+    """
+    few = replace(spec, batch=1, num_heads=spec.group_size, num_kv_heads=1)
+    kernels = {
+        (kernel.source, tuple(kernel.defines.items())): kernel
+        for shape in (few, replace(few, batch=device.sms + 1))
+        for num_splits in (1, 2)
+        for kernel in gram_kernels.kernels(shape, replace(config, num_splits=num_splits), device)
+    }
     return [
         compiler.build_kernel(kernel.source, kernel.defines | {"ALIGNED": aligned}, device.compute_capability, folder)
-        for kernel in gram_kernels.kernels(spec, config, device)
+        for kernel in kernels.values()
         for aligned in ("1", "0")
     ]
 
