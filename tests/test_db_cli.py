@@ -49,6 +49,16 @@ def test_list(capsys, tmp_path):
     assert str(tmp_path / "overlay") in out
 
 
+@pytest.mark.parametrize("command", ["list", "verify"])
+def test_a_reader_that_has_enough_sees_no_traceback(command):
+    """As in `lla-compile db verify | head -1`, with rich's tables and with lines of our own."""
+    script = f"from lla_compile.cli import main; raise SystemExit(main(['db', '{command}']))"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as process:
+        process.stdout.close()  # before anything is printed
+        assert process.wait(timeout=120) == 1 and process.stderr.read() == ""
+
+
 def test_show(capsys):
     record(H200, [make_entry(), make_entry(key=replace(KEY, dtype="float16", head_dim=64, causal=False), block_q=128)])
     status, out, err = run(capsys, "show", "h200")

@@ -44,12 +44,12 @@ class CudaBackend:
 
     def unsupported_spec(self, spec: LLASpec, device: DeviceInfo) -> str | None:
         """The same, whatever is installed on this machine."""
-        if why := _choices(spec).unsupported(spec, device):
-            return why
         if device.vendor != "nvidia":
             return f"{device.id} is not an NVIDIA GPU"
         if float(device.compute_capability) < _MIN_COMPUTE_CAPABILITY:
             return f"compute capability {device.compute_capability} < {_MIN_COMPUTE_CAPABILITY}"
+        if why := _choices(spec).unsupported(spec, device):
+            return why
         if reason := self.infeasible(spec, self.default_config(spec, device), device):
             return f"no configuration fits: {reason}"
         return None
